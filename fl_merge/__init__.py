@@ -1,0 +1,29 @@
+"""Federated learning in which model merging is the aggregation."""
+
+from fl_merge import methods
+from fl_merge.errors import FlMergeError, MergeError, RecipeError, UpdateError
+from fl_merge.merging import merge
+from fl_merge.method import METHODS, build, in_range, merge_method, partition
+from fl_merge.recipe import Recipe
+from fl_merge.shapes import Coordinate, Matrix, Slice, Span
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Coordinate",
+    "FlMergeError",
+    "Matrix",
+    "MergeError",
+    "Recipe",
+    "RecipeError",
+    "Slice",
+    "Span",
+    "UpdateError",
+    "build",
+    "in_range",
+    "merge",
+    "merge_method",
+    "methods",
+    "partition",
+]

@@ -215,7 +215,7 @@ class Scope:
     """
 
     names: tuple[str, ...]
-    offsets: Mapping[str, int]
+    offsets: Mapping[str, int] = field(compare=False)
 
     @classmethod
     def over(cls, tensors: Mapping[str, TensorSpec]) -> Scope:

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: the formulas, each testable with a few numbers on paper."""

@@ -1,0 +1,92 @@
+"""The check that every update passes before anything of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError
+from fl_merge.types import TensorSpec, Update, compute_dtype
+
+MAX_NUM_EXAMPLES = 1e9
+"""More examples than this are taken for a mistake or an attack: such a client alone would be the whole average."""
+
+_PIECE = 1 << 20
+
+
+def check_update(update: Update, base: Mapping[str, TensorSpec], *, max_num_examples: float = MAX_NUM_EXAMPLES) -> None:
+    """Check an update whole against the base: number of examples, names, shapes, dtypes, finite values.
+
+    Floating tensors may come in another floating dtype than the base's (float16 of a float32 model, say).
+
+    Args:
+        update: not changed.
+        base: the base's tensors.
+        max_num_examples: the largest weight a client may claim.
+
+    Raises:
+        UpdateError: of the kind that says what is wrong, naming the client and the tensor.
+    """
+    try:
+        check_num_examples(update.num_examples, max_num_examples)
+        check_specs(update.tensors.specs(), base)
+        for name, spec in base.items():
+            check_finite(name, update.tensors.read(name), spec.dtype)
+    except (WeightError, TensorMismatchError, NonFiniteError) as error:
+        raise error.of_client(update.client_id) from None
+
+
+def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> float:
+    """The number of examples as a float.
+
+    Raises:
+        WeightError: unless it is a finite number (not a bool, not a list) above 0 and at most `maximum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise WeightError(f"number of examples is {value!r}, wanted one number")
+    if not math.isfinite(value) or not 0 < value <= maximum:
+        raise WeightError(f"number of examples is {value!r}, wanted a number > 0 and <= {maximum:g}")
+    return float(value)
+
+
+def check_specs(found: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec]) -> None:
+    """Names, shapes and dtypes against the base's.
+
+    Raises:
+        TensorMismatchError: for the first difference, with how many more there are.
+    """
+    problems = [(name, "is missing") for name in base if name not in found]
+    problems += [(name, f"{found[name]} is not in the base") for name in found if name not in base]
+    for name in base.keys() & found.keys():
+        wanted, got = base[name], found[name]
+        if got.shape != wanted.shape:
+            problems.append((name, f"shape {got.shape}, base has {wanted.shape}"))
+        elif got.dtype != wanted.dtype and not (got.is_floating and wanted.is_floating):
+            problems.append((name, f"dtype {_short(got.dtype)}, base has {_short(wanted.dtype)}"))
+    if problems:
+        name, problem = min(problems)
+        more = f" (and {len(problems) - 1} more tensors do not fit)" if len(problems) > 1 else ""
+        raise TensorMismatchError(problem + more, tensor=name)
+
+
+def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype) -> None:
+    """Every element is finite, also once converted to the dtype in which it is merged.
+
+    Raises:
+        NonFiniteError: with how many elements are not and the place of the first.
+    """
+    if not tensor.dtype.is_floating_point:
+        return
+    flat_S = tensor.reshape(-1)
+    for start in range(0, flat_S.numel(), _PIECE):
+        finite_S = torch.isfinite(flat_S[start : start + _PIECE].to(compute_dtype(base_dtype)))
+        if not finite_S.all():
+            first = start + int(torch.nonzero(~finite_S)[0])
+            raise NonFiniteError(f"element {first} is {float(flat_S[first])}, wanted finite numbers", tensor=name)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

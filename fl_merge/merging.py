@@ -1,0 +1,69 @@
+"""Merge plain state dicts, for notebooks and tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fl_merge.check import check_update
+from fl_merge.errors import RecipeError
+from fl_merge.execute import execute
+from fl_merge.method import build
+from fl_merge.store import MemorySink, MemorySource
+from fl_merge.types import Cohort, MergeMethod, Update
+
+
+def merge(
+    method: MergeMethod | str,
+    base: Mapping[str, Tensor],
+    updates: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    seed: int = 0,
+    *,
+    threads: int | None = None,
+    slice_elements: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Merge finetuned models into one.
+
+    Args:
+        method: such as `ties(density=0.2)`, or the name of a method for its defaults.
+        base: the state dict that every client started from.
+        updates: the clients' state dicts: a list (the clients are then called "0", "1", ...) or by client id.
+        weights: one positive number a client (numbers of examples, say), in the same form; equal shares if left out.
+        seed: of the random draws (DARE).
+        threads, slice_elements, device: as for `execute`; they do not change the result (a device may, in rounding).
+
+    Returns:
+        New tensors under the base's names, in the base's dtypes.
+
+    Raises:
+        RecipeError: for an unknown method, or settings or weights that do not fit.
+        UpdateError: if a client's tensors do not fit the base or are not finite, naming client and tensor.
+        MergeError: if the merge gives no model.
+    """
+    chosen = build(method) if isinstance(method, str) else method
+    by_id = dict(updates) if isinstance(updates, Mapping) else {str(i): update for i, update in enumerate(updates)}
+    shares = _shares(list(by_id), weights)
+    cohort = Cohort(
+        MemorySource(base),
+        tuple(Update(client_id, shares[client_id], MemorySource(update)) for client_id, update in by_id.items()),
+        seed=seed,
+    )
+    for update in cohort.updates:
+        check_update(update, cohort.base.specs(), max_num_examples=math.inf)
+    sink = MemorySink()
+    options = {} if slice_elements is None else {"slice_elements": slice_elements}
+    execute(chosen, cohort, sink, threads=threads, device=device, **options)
+    return sink.tensors
+
+
+def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+    if weights is None:
+        return dict.fromkeys(client_ids, 1.0)
+    given = dict(weights) if isinstance(weights, Mapping) else dict(zip(client_ids, weights, strict=False))
+    if len(weights) != len(client_ids) or set(given) != set(client_ids):
+        raise RecipeError(f"weights: found {len(weights)} ({list(given)}), wanted one for each of {client_ids}")
+    return {client_id: float(weight) for client_id, weight in given.items()}

@@ -1,0 +1,27 @@
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from fl_merge.method import Range, Scale, merge_method
+from fl_merge.ops.combine import weighted_sum
+from fl_merge.shapes import Coordinate, Slice
+
+
+@merge_method(paper="Tenison et al., 2022, arXiv:2201.11986")
+def fedgma(*, threshold: Annotated[float, Range(0.0, 1.0)] = 0.4, scale: Scale = 1.0) -> Coordinate:
+    """Damp the elements on whose sign the clients disagree.
+
+    A = |sum w_i sign tau_i|;  theta = theta_0 + scale * (1 if A >= threshold else A) * sum w_i tau_i
+
+    Args:
+        threshold: the agreement from which an element is taken in full, in [0, 1].
+        scale: multiplies the merged delta (the paper's server learning rate).
+    """
+
+    def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
+        agreement_S = weighted_sum(deltas_NS.sign(), weights_N).abs()
+        mask_S = torch.where(agreement_S >= threshold, 1.0, agreement_S)
+        return scale * mask_S * weighted_sum(deltas_NS, weights_N)
+
+    return Coordinate(combine)

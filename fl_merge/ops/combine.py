@@ -1,0 +1,56 @@
+"""Sums over clients. Suffixes: N clients, S elements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
+    """Sum over clients of weights_N[i] * deltas_NS[i], added in the clients' order.
+
+    Each product is rounded before it is added, so that an element's result does not depend on where a slice of the
+    tensor begins or ends (a fused multiply-add in the vectorised part of a loop only would make it so).
+
+    Args:
+        deltas_NS: (N, S), a floating dtype.
+        weights_N: (N,), float64.
+
+    Returns:
+        (S,), in the dtype of the deltas.
+    """
+    total_S = deltas_NS[0] * float(weights_N[0])
+    for delta_S, weight in zip(deltas_NS[1:], weights_N[1:].tolist(), strict=True):
+        total_S += delta_S * weight
+    return total_S
+
+
+def disjoint_mean(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
+    """Weighted mean, element by element, over the clients whose delta has the elected sign; 0 where there are none.
+
+    sum_i [sign(delta_i) = sign] w_i delta_i / sum_i [sign(delta_i) = sign] w_i      (Yadav et al., 2023)
+
+    Args:
+        deltas_NS: (N, S), a floating dtype.
+        weights_N: (N,), float64, > 0.
+        sign_S: (S,), -1, 0 or 1.
+
+    Returns:
+        (S,), in the dtype of the deltas.
+    """
+    agrees_NS = _agreement(deltas_NS, sign_S)
+    total_S = weighted_sum(deltas_NS * agrees_NS, weights_N)
+    share_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N)
+    return torch.where(share_S > 0, total_S / share_S, 0.0)
+
+
+def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
+    """Weighted sum, element by element, over the clients whose delta has the elected sign.
+
+    Args and Returns: as `disjoint_mean`.
+    """
+    return weighted_sum(deltas_NS * _agreement(deltas_NS, sign_S), weights_N)
+
+
+def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:
+    return (deltas_NS.sign() == sign_S) & (sign_S != 0)

@@ -1,0 +1,221 @@
+"""Recipes: a YAML file, or the run config of a Flower app, that says how to merge.
+
+    merge_method: ties
+    parameters: {density: 0.2, scale: 1.0}
+    rules:                                  # first match wins; glob on tensor names
+      - {match: "*norm*", merge_method: weighted_average}
+
+`merge_method: my_module:my_method` names a method of the user's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fl_merge.errors import RecipeError
+from fl_merge.execute import merged_specs
+from fl_merge.method import build, nearest, partition
+from fl_merge.types import MergeMethod, TensorSpec
+
+_KEYS = ("merge_method", "parameters", "rules")
+_RULE_KEYS = ("match", "merge_method", "parameters")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A method for the tensors whose name matches a glob."""
+
+    match: str
+    merge_method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge, as data.
+
+    Args:
+        merge_method: a registered name, or "module:function".
+        parameters: its settings; the rest take their defaults.
+        rules: other methods for some tensors; the first match wins.
+    """
+
+    merge_method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    rules: Sequence[Rule] = ()
+
+    def build(self, base: Mapping[str, TensorSpec] | None = None) -> MergeMethod:
+        """The method that the recipe describes.
+
+        Args:
+            base: where given, the whole merge is planned on these tensors too, so that a rule that matches none of
+                them is refused now.
+
+        Raises:
+            RecipeError: for an unknown method or parameter, a value out of range, a rule that matches nothing.
+        """
+        method: MergeMethod = build(self.merge_method, **self.parameters)
+        if self.rules:
+            rules = []
+            for number, rule in enumerate(self.rules, start=1):
+                try:
+                    rules.append((rule.match, build(rule.merge_method, **rule.parameters)))
+                except RecipeError as error:
+                    raise RecipeError(f"rule {number} ('{rule.match}'): {error}") from None
+            method = partition(rules, otherwise=method)
+        if base is not None:
+            merged_specs(method, base)
+        return method
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML file and check all of it.
+
+        Raises:
+            RecipeError: naming the file, the key, what was found and what is allowed.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"recipe '{path}': {error.strerror}") from None
+        try:
+            content = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe '{path}': not valid YAML: {' '.join(str(error).split())}") from None
+        try:
+            recipe = cls.from_dict(content)
+            recipe.build()
+        except RecipeError as error:
+            raise RecipeError(f"recipe '{path}': {error}") from None
+        return recipe
+
+    @classmethod
+    def from_dict(cls, content: object) -> Recipe:
+        """The recipe that a parsed YAML file holds.
+
+        Raises:
+            RecipeError: for a key that is unknown or missing, or a value of the wrong kind.
+        """
+        keys = _mapping("the recipe", content, _KEYS)
+        rules = keys.get("rules") or []
+        if not isinstance(rules, list):
+            raise RecipeError(f"rules: found {rules!r}, wanted a list of {{match, merge_method, parameters}}")
+        return cls(
+            _text("merge_method", keys),
+            _parameters("parameters", keys),
+            tuple(_rule(number, rule) for number, rule in enumerate(rules, start=1)),
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, bool | int | float | str]) -> Recipe:
+        """The recipe in a Flower app's run config (`[tool.flwr.app.config]`, keys in kebab-case).
+
+            merge-method = "ties"
+            parameters.density = 0.2
+            rules."*norm*" = "weighted_average"
+
+        or `recipe = "recipe.yaml"` for a file. Keys that belong to neither are left alone: they are the app's.
+
+        Raises:
+            RecipeError: as `load`.
+        """
+        if config.get("recipe"):
+            doubled = [key for key in config if key == "merge-method" or key.startswith(("parameters.", "rules."))]
+            if doubled:
+                raise RecipeError(f"run config: 'recipe' and '{doubled[0]}' are both given; the file says it all")
+            return cls.load(str(config["recipe"]))
+        content: dict[str, Any] = {"merge_method": config.get("merge-method", "weighted_average")}
+        prefix = "parameters."
+        content["parameters"] = {
+            key.removeprefix(prefix).replace("-", "_"): value for key, value in config.items() if key.startswith(prefix)
+        }
+        content["rules"] = [
+            {"match": key.removeprefix("rules."), "merge_method": value}
+            for key, value in config.items()
+            if key.startswith("rules.")
+        ]
+        for known in ("merge-method", "parameters", "rules"):
+            for key in config:
+                if key.replace("_", "-") == known and key != known:
+                    raise RecipeError(f"run config: unknown key '{key}'; did you mean '{known}'?")
+        try:
+            recipe = cls.from_dict(content)
+            recipe.build()
+        except RecipeError as error:
+            raise RecipeError(f"run config: {error}") from None
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that `load` reads back."""
+        content: dict[str, Any] = {"merge_method": self.merge_method}
+        if self.parameters:
+            content["parameters"] = _plain(self.parameters)
+        if self.rules:
+            content["rules"] = [
+                {"match": rule.match, "merge_method": rule.merge_method}
+                | ({"parameters": _plain(rule.parameters)} if rule.parameters else {})
+                for rule in self.rules
+            ]
+        return yaml.safe_dump(content, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-5 is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{where}: found {content!r}, wanted keys: {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}' in {where}{nearest(str(key), known)}")
+    return content
+
+
+def _text(key: str, content: Mapping[str, Any]) -> str:
+    if not isinstance(content.get(key), str):
+        raise RecipeError(f"{key}: found {content.get(key)!r}, wanted the name of a method")
+    return str(content[key])
+
+
+def _parameters(key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = content.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise RecipeError(f"{key}: found {value!r}, wanted a mapping from parameter names to values")
+    return dict(value)
+
+
+def _rule(number: int, content: object) -> Rule:
+    where = f"rule {number}"
+    keys = _mapping(where, content, _RULE_KEYS)
+    if not isinstance(keys.get("match"), str):
+        raise RecipeError(f"{where}: match: found {keys.get('match')!r}, wanted a glob on tensor names")
+    return Rule(keys["match"], _text("merge_method", keys), _parameters("parameters", keys))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

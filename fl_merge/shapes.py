@@ -1,0 +1,173 @@
+"""The shapes of a merge method: what its author writes, and the plan that comes of it.
+
+    Span         coefficients; the result is a combination of the base and the clients' models
+    Coordinate   an elementwise function of the deltas, after a survey of a few numbers a client where one is needed
+    Matrix       a function of all the deltas of one 2-D tensor
+    (structure)  anything with a `plan` of its own: names and shapes may change
+
+Suffixes: N clients, S elements, K numbers of a survey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fl_merge.ops.draws import stream_key, uniform
+from fl_merge.types import BASE, CohortSpec, Output, Read, Scope, TensorSpec, Whole
+
+ScopeName = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a `combine` stands: which elements it is given, and what is known of the whole tensor.
+
+    Args:
+        tensor: its name.
+        start, stop: the slice's elements, counted within the flattened tensor.
+        scope_start: the first element's place within the scope of the survey (the tensor, or the whole model).
+        spec: the cohort.
+        survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
+        tally: the sum of the method's `tally` over the whole tensor; 0 where there is none.
+    """
+
+    tensor: str
+    start: int
+    stop: int
+    scope_start: int
+    spec: CohortSpec
+    survey_NK: Tensor
+    tally: int = 0
+
+    def index_S(self) -> Tensor:
+        """(S,) int64: the place of each element within the survey's scope."""
+        return torch.arange(self.scope_start, self.scope_start + self.stop - self.start)
+
+    def uniform_NS(self) -> Tensor:
+        """(N, S) float64: one draw from [0, 1) an element and client, the same whatever the slicing or the cohort.
+
+        Keyed by (seed, round, client id, tensor name, element index).
+        """
+        spec = self.spec
+        keys = [stream_key(spec.seed, spec.round, client_id, self.tensor) for client_id in spec.client_ids]
+        return torch.stack([uniform(key, self.start, self.stop) for key in keys])
+
+
+@dataclass(frozen=True)
+class Span:
+    """theta = theta_0 + sum c_i tau_i (on deltas), or sum c_i theta_i (on weights).
+
+    Args:
+        coefficients: from the cohort and the (N, N) float64 Gram matrix of the deltas or weights (None unless `gram`)
+            to the N numbers c_i.
+        gram: whether the Gram matrix is needed, which costs a pass over the inputs.
+        on: "deltas" or "weights": of what the c_i and the Gram matrix are.
+        scope: "tensor" for coefficients tensor by tensor, "model" for one set for the whole model.
+    """
+
+    coefficients: Callable[[CohortSpec, Tensor | None], Sequence[float]]
+    gram: bool = False
+    on: Literal["deltas", "weights"] = "deltas"
+    scope: ScopeName = "tensor"
+
+    def plan(self, spec: CohortSpec) -> Iterator[Output]:
+        """One output a tensor; fixed coefficients are computed here, so that their errors come before any work."""
+        compute = self if self.gram else self.fixed(spec, None)
+        return _plan_deltas(spec, compute, self.scope)
+
+    def fixed(self, spec: CohortSpec, gram_NN: Tensor | None) -> WeightedSum:
+        """The sum that is left to do once the Gram matrix is known."""
+        coefficients_N = tuple(float(c) for c in self.coefficients(spec, gram_NN))
+        if len(coefficients_N) != len(spec.client_ids):
+            raise ValueError(f"{len(coefficients_N)} coefficients for {len(spec.client_ids)} clients")
+        return WeightedSum(1.0 if self.on == "deltas" else sum(coefficients_N), coefficients_N)
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """base_coefficient * theta_0 + sum c_i tau_i.
+
+    A sum of weights c_i theta_i is written as (sum c_i) theta_0 + sum c_i tau_i: what nobody moved stays bit for bit.
+    """
+
+    base_coefficient: float
+    coefficients_N: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """theta = theta_0 + combine(deltas), element by element.
+
+    Args:
+        combine: from a slice of the deltas (N, S), the weights (N,) float64 and a `Slice` to the merged delta (S,).
+            An element's result may depend on its own deltas, its index and the slice's survey, draws and tally only.
+        survey: from one client's whole delta, flattened, to K float64 numbers (thresholds, norms).
+        tally: elementwise like `combine`, giving whole numbers; their sum over the tensor stands in `Slice.tally`.
+        scope: what the survey runs over: each tensor, or the whole model's delta as one vector (in order of name).
+    """
+
+    combine: Callable[[Tensor, Tensor, Slice], Tensor]
+    survey: Callable[[Tensor], Tensor] | None = None
+    tally: Callable[[Tensor, Tensor, Slice], Tensor] | None = None
+    scope: ScopeName = "tensor"
+
+    def plan(self, spec: CohortSpec) -> Iterator[Output]:
+        """One output a tensor."""
+        return _plan_deltas(spec, self, self.scope)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """theta = theta_0 + merge(deltas) for 2-D tensors and, taken as out x rest, convolution kernels.
+
+    Tensors with fewer than two dimensions get the weighted average.
+
+    Args:
+        merge: from the deltas (N, rows, columns) and the weights (N,) float64 to the merged delta (rows, columns).
+    """
+
+    merge: Callable[[Tensor, Tensor], Tensor]
+
+    def plan(self, spec: CohortSpec) -> Iterator[Output]:
+        """One output a tensor."""
+        average = WeightedSum(1.0, spec.weights_N)
+        for output in _plan_deltas(spec, self, "tensor"):
+            if output.compute is self and len(output.spec.shape) < 2:
+                yield Output(output.name, output.spec, output.reads, average, output.scope)
+            else:
+                yield output
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The one tensor that is read, unchanged."""
+
+
+def _plan_deltas(spec: CohortSpec, compute: object, scope: ScopeName) -> Iterator[Output]:
+    """The plan of a method that gives each floating tensor of the base a merged one of the same name and shape."""
+    floating = {name: tensor for name, tensor in spec.tensors.items() if tensor.is_floating and tensor.numel > 0}
+    whole_model = Scope.over(floating) if scope == "model" else None
+    clients = range(len(spec.client_ids))
+    for name, tensor in spec.tensors.items():
+        if name not in floating:
+            yield _plan_counter(name, tensor, clients)
+            continue
+        reads = (Read(BASE, name), *(Read(client, name) for client in clients))
+        yield Output(name, tensor, reads, compute, whole_model or Scope.over({name: tensor}))
+
+
+def _plan_counter(name: str, tensor: TensorSpec, clients: range) -> Output:
+    """Integers and booleans are not averaged: the base's are kept, and BatchNorm's count of batches is the largest."""
+    if name.rpartition(".")[2] == "num_batches_tracked":
+        reads = (Read(BASE, name), *(Read(client, name) for client in clients))
+        return Output(name, tensor, reads, Whole(_largest))
+    return Output(name, tensor, (Read(BASE, name),), Copy())
+
+
+def _largest(*counters: Tensor) -> Tensor:
+    return torch.stack(counters).amax(dim=0)

@@ -1,0 +1,318 @@
+"""Where tensors are read from and written to: memory, and safetensors files in one piece or in shards.
+
+A shard is written under a temporary name and renamed when it is whole, the index last: a reader sees a finished model
+or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fl_merge.errors import DecodeError, MergeError, RecipeError
+from fl_merge.types import TensorSource, TensorSpec
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names that the file format has for dtypes."""
+
+
+class MemorySource:
+    """Tensors that are at hand, such as a state dict.
+
+    Two names of one storage (tied weights) are found and merged once.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._aliases = _tied_names(self._tensors)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Names, shapes and dtypes."""
+        return {name: TensorSpec.of(tensor) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself."""
+        return self._tensors[name]
+
+    def aliases(self) -> Mapping[str, str]:
+        """Names that share another name's storage."""
+        return self._aliases
+
+
+def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+    return aliases
+
+
+class MemorySink:
+    """Collects the merged tensors in `tensors`, in the order in which they were announced."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def begin(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Make room for these tensors."""
+        self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+    def write(self, name: str, start: int, values_S: Tensor) -> None:
+        """Elements from `start` on."""
+        self.tensors[name].view(-1)[start : start + values_S.numel()] = values_S
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def abort(self) -> None:
+        """Forget what was written."""
+        self.tensors = {}
+
+
+class SafetensorsSource:
+    """A safetensors file, or a folder with one or with shards and their index, mapped into memory and read lazily.
+
+    Args:
+        path: the file, the index, or the folder.
+
+    Raises:
+        RecipeError: if there is no such file, with what was looked for.
+        DecodeError: if a file is not what its header says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._files: list[Any] = []
+        self._where: dict[str, Any] = {}
+        for file in _model_files(Path(path)):
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise DecodeError(f"'{file}' is not a readable safetensors file: {error}") from error
+            self._files.append(handle)
+            for name in handle.keys():  # noqa: SIM118  (not a mapping)
+                if name in self._where:
+                    raise DecodeError(f"'{file}': tensor '{name}' stands in two files of this model")
+                self._where[name] = handle
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Names, shapes and dtypes, from the headers alone."""
+        return {name: self._spec(name) for name in sorted(self._where)}
+
+    def _spec(self, name: str) -> TensorSpec:
+        piece = self._where[name].get_slice(name)
+        found = piece.get_dtype()
+        dtypes = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
+        if found not in dtypes:
+            raise DecodeError(f"dtype {found} is not supported ({', '.join(sorted(dtypes))})", tensor=name)
+        return TensorSpec(tuple(piece.get_shape()), dtypes[found])
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: the format stores each tensor once."""
+        return {}
+
+
+def _model_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        if (path / INDEX_FILE).is_file():
+            path = path / INDEX_FILE
+        elif (path / SINGLE_FILE).is_file():
+            path = path / SINGLE_FILE
+        else:
+            raise RecipeError(f"folder '{path}' holds no {SINGLE_FILE} and no {INDEX_FILE}")
+    if not path.is_file():
+        raise RecipeError(f"no such model: '{path}' (wanted a .safetensors file, or a folder with one)")
+    if path.suffix != ".json":
+        return [path]
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DecodeError(f"'{path}' is not an index of safetensors shards: {error!r}") from error
+    missing = [shard for shard in shards if not (path.parent / shard).is_file()]
+    if missing:
+        raise RecipeError(f"'{path}' names shard '{missing[0]}', which is not there")
+    return [path.parent / shard for shard in shards]
+
+
+class SafetensorsSink:
+    """Writes a folder that Hugging Face libraries read: model.safetensors, or shards of a given size and their index.
+
+    Args:
+        folder: made if it is not there; a model of the same names in it is replaced when the new one is whole.
+        max_shard_bytes: a larger model is cut into shards (a larger tensor still stays in one piece).
+        metadata: text to store in the header of each file.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._folder = Path(folder)
+        self._max_shard_bytes = max_shard_bytes
+        self._metadata = {"format": "pt", **(metadata or {})}
+        self._shards: list[_Shard] = []
+        self._place: dict[str, _Shard] = {}
+
+    def begin(self, specs: Mapping[str, TensorSpec]) -> None:
+        """Make the files at their full size, under temporary names."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        groups = _shard_groups(specs, self._max_shard_bytes)
+        for number, names in enumerate(groups, start=1):
+            final = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            shard = _Shard(self._folder / final, {name: specs[name] for name in names}, self._metadata)
+            self._shards.append(shard)
+            self._place |= dict.fromkeys(names, shard)
+
+    def write(self, name: str, start: int, values_S: Tensor) -> None:
+        """Elements from `start` on, to their place in the file."""
+        self._place[name].write(name, start, values_S)
+
+    def finish(self) -> None:
+        """Give the files their final names, the index last, and remove what an earlier model left there."""
+        for shard in self._shards:
+            shard.close()
+        for shard in self._shards:
+            os.replace(shard.temporary, shard.final)
+        written = {shard.final.name for shard in self._shards}
+        if len(self._shards) > 1:
+            total = sum(shard.data_bytes for shard in self._shards)
+            weight_map = {name: shard.final.name for name, shard in sorted(self._place.items())}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            write_text(self._folder / INDEX_FILE, text + "\n")
+        else:
+            (self._folder / INDEX_FILE).unlink(missing_ok=True)
+        for old in [*self._folder.glob("model-*-of-*.safetensors"), self._folder / SINGLE_FILE]:
+            if old.name not in written:
+                old.unlink(missing_ok=True)
+
+    def abort(self) -> None:
+        """Remove the temporary files; a model that was there before is untouched."""
+        for shard in self._shards:
+            with contextlib.suppress(BufferError):
+                shard.close()
+            shard.temporary.unlink(missing_ok=True)
+
+
+def _shard_groups(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += spec.nbytes
+    return groups
+
+
+class _Shard:
+    """One safetensors file that is being written: 8 bytes of header length, a JSON header, the tensors."""
+
+    def __init__(self, final: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.final = final
+        self.temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        offset = 0
+        # The widest elements first, so that every tensor is aligned to its element size.
+        for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+            spec = specs[name]
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.data_bytes = offset
+        self._start = {
+            name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items() if "dtype" in entry
+        }
+        try:
+            with open(self.temporary, "wb") as file:
+                file.write(struct.pack("<Q", len(text)) + text)
+                if offset:
+                    # Claims the space, so that a full disk is an error here and not a crash in the mapping below.
+                    os.posix_fallocate(file.fileno(), 8 + len(text), offset)
+            with open(self.temporary, "r+b") as file:
+                self._map = mmap.mmap(file.fileno(), 0)
+        except OSError as error:
+            self.temporary.unlink(missing_ok=True)
+            raise MergeError(f"cannot write '{final}' ({offset:,} bytes): {error.strerror}") from error
+
+    def write(self, name: str, start: int, values_S: Tensor) -> None:
+        data = memoryview(values_S.contiguous().view(-1).view(torch.uint8).numpy())
+        begin = self._start[name] + start * values_S.dtype.itemsize
+        self._map[begin : begin + len(data)] = data
+
+    def close(self) -> None:
+        if not self._map.closed:
+            self._map.flush()
+            self._map.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save(tensors: Mapping[str, Tensor] | TensorSource, folder: str | Path, **options: Any) -> None:
+    """Write tensors as a safetensors folder.
+
+    Args:
+        tensors: a state dict or a source; of tied names the first is written.
+        folder: as for `SafetensorsSink`, which also takes the options.
+    """
+    source = MemorySource(tensors) if isinstance(tensors, Mapping) else tensors
+    tied = source.aliases()
+    sink = SafetensorsSink(folder, **options)
+    specs = {name: spec for name, spec in source.specs().items() if name not in tied}
+    try:
+        sink.begin(specs)
+        for name in specs:
+            sink.write(name, 0, source.read(name).reshape(-1))
+        sink.finish()
+    except BaseException:
+        sink.abort()
+        raise
+
+
+def load(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or folder, as copies that outlive the file."""
+    source = SafetensorsSource(path)
+    return {name: source.read(name).clone() for name in source.specs()}
