@@ -1,0 +1,47 @@
+"""A Flower client that finetunes the global model on its own digits."""
+
+from __future__ import annotations
+
+from fl_merge.flower.client import receive, reply
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from digits_clients import model
+from digits_clients.data import Client, client
+from digits_clients.settings import Settings
+
+app = ClientApp()
+
+
+def _own_data(context: Context, settings: Settings) -> tuple[int, Client]:
+    """This node's partition-id and its data."""
+    partition, of = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    return partition, client(partition, of, setting=settings.setting, alpha=settings.alpha, seed=settings.seed)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Finetune for `local-epochs`; (seed, round, partition) order the batches, so a rerun sends the same bytes."""
+    settings = Settings.read(context.run_config)
+    partition, own = _own_data(context, settings)
+    server_round = int(message.content["config"]["server-round"])
+    state = model.train(
+        receive(message),
+        own.train,
+        epochs=settings.local_epochs,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        seed=(settings.seed, server_round, partition),
+    )
+    accuracy, loss = model.accuracy_and_loss(state, own.train)
+    metrics = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition}
+    return reply(message, state, len(own.train), metrics, dtype=settings.wire_dtype)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The global model's accuracy and loss on this client's held-out test set, with the number of its domain."""
+    settings = Settings.read(context.run_config)
+    partition, own = _own_data(context, settings)
+    accuracy, loss = model.accuracy_and_loss(receive(message), own.test)
+    return reply(message, None, len(own.test), {"accuracy": accuracy, "loss": loss, "partition-id": partition})
