@@ -36,7 +36,7 @@ from fl_merge.types import (
 )
 
 SLICE_ELEMENTS = 8 * BLOCK
-"""Elements of each client that are worked on at a time: 512 KiB in float32, so that a few clients fit a core's cache."""
+"""Elements of each client that are worked on at a time: 512 KiB in float32; a few clients fit a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,7 @@ def execute(
         raise MergeError("there is nothing to merge: the cohort has no update")
     spec = cohort.spec()
     outputs = list(method.plan(spec))
-    dtypes = {output.name: compute_dtype(output.spec.dtype) for output in outputs if master and output.spec.is_floating}
-    written = {
-        output.name: TensorSpec(output.spec.shape, dtypes.get(output.name, output.spec.dtype)) for output in outputs
-    }
+    written = {output.name: _master_spec(output.spec) if master else output.spec for output in outputs}
     if len(written) != len(outputs):
         names = [output.name for output in outputs]
         twice = next(name for name in names if names.count(name) > 1)
@@ -133,6 +130,10 @@ def execute(
         sum(entry.nbytes for entry in everything.values()),
         time.perf_counter() - started,
     )
+
+
+def _master_spec(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.shape, compute_dtype(spec.dtype)) if spec.is_floating else spec
 
 
 Write = Callable[[int, Tensor], None]
@@ -180,10 +181,11 @@ class _Run:
             prepared = _Lazy(lambda: self.prepare(output, map))
             return [pool.submit(whole)]
         function = self.prepare(output, pool.map)
-        jobs = [
-            pool.submit(lambda start=start, stop=stop: write(start, function(start, stop)))
-            for start, stop in self.slices(output)
-        ]
+
+        def one_slice(start: int, stop: int) -> None:
+            write(start, function(start, stop))
+
+        jobs = [pool.submit(one_slice, start, stop) for start, stop in self.slices(output)]
         jobs[-1].add_done_callback(lambda _: done())
         return jobs
 
@@ -284,9 +286,10 @@ class _Run:
                     surveys.append(compute.survey(torch.cat([delta_S.to(whole[0].dtype) for delta_S in whole])))
                 self._model_surveys[key, scope] = torch.stack(surveys)
             elif isinstance(compute, Span):
-                span = compute
-                pieces = [(by_name[output.name], *piece) for output in members for piece in self.slices(output)]
-                partials = list(pool.map(lambda piece: _partials(span, *piece), pieces))
+                pieces = [
+                    (compute, by_name[output.name], *piece) for output in members for piece in self.slices(output)
+                ]
+                partials = list(pool.map(lambda piece: _partials(*piece), pieces))
                 self._model_sums[key, scope] = compute.fixed(self.spec, gram_from_partials(partials))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
-from fl_merge.execute import execute
+from fl_merge.execute import SLICE_ELEMENTS, execute
 from fl_merge.method import build
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.types import Cohort, MergeMethod, Update
@@ -23,7 +23,7 @@ def merge(
     seed: int = 0,
     *,
     threads: int | None = None,
-    slice_elements: int | None = None,
+    slice_elements: int = SLICE_ELEMENTS,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Merge finetuned models into one.
@@ -55,8 +55,7 @@ def merge(
     for update in cohort.updates:
         check_update(update, cohort.base.specs(), max_num_examples=math.inf)
     sink = MemorySink()
-    options = {} if slice_elements is None else {"slice_elements": slice_elements}
-    execute(chosen, cohort, sink, threads=threads, device=device, **options)
+    execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
     return sink.tensors
 
 

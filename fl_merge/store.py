@@ -119,7 +119,7 @@ class SafetensorsSource:
             except (SafetensorError, OSError) as error:
                 raise DecodeError(f"'{file}' is not a readable safetensors file: {error}") from error
             self._files.append(handle)
-            for name in handle.keys():  # noqa: SIM118  (not a mapping)
+            for name in _names(handle):
                 if name in self._where:
                     raise DecodeError(f"'{file}': tensor '{name}' stands in two files of this model")
                 self._where[name] = handle
@@ -144,6 +144,10 @@ class SafetensorsSource:
     def aliases(self) -> Mapping[str, str]:
         """None: the format stores each tensor once."""
         return {}
+
+
+def _names(handle: Any) -> list[str]:
+    return list(handle.keys())
 
 
 def _model_files(path: Path) -> list[Path]:
@@ -258,9 +262,7 @@ class _Shard:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.data_bytes = offset
-        self._start = {
-            name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items() if "dtype" in entry
-        }
+        self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
         try:
             with open(self.temporary, "wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
@@ -274,7 +276,7 @@ class _Shard:
             raise MergeError(f"cannot write '{final}' ({offset:,} bytes): {error.strerror}") from error
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
-        data = memoryview(values_S.contiguous().view(-1).view(torch.uint8).numpy())
+        data = values_S.contiguous().view(-1).view(torch.uint8).numpy().data
         begin = self._start[name] + start * values_S.dtype.itemsize
         self._map[begin : begin + len(data)] = data
 

@@ -98,7 +98,7 @@ class TensorSink(Protocol):
         ...
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
-        """Elements start .. start + len(values_S) of the flattened tensor, in its dtype. Called from several threads."""
+        """Elements from `start` on of the flattened tensor, in its dtype. Called from several threads."""
         ...
 
     def finish(self) -> None:

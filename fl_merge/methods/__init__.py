@@ -1,4 +1,7 @@
-"""The merge methods, one file each. A new file in this folder is a new method: nothing else is edited."""
+"""The merge methods, one file each. A new file in this folder is a new method: nothing else is edited.
+
+The files are named _ties.py and so on, so that `fl_merge.methods.ties` is the method and not a module.
+"""
 
 from __future__ import annotations
 
