@@ -1,0 +1,29 @@
+"""The quickstart app, with lines of it replaced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+QUICKSTART = Path(__file__).parent / "quickstart"
+
+FEDMERGE = {
+    "from flwr.serverapp.strategy import FedAvg": (
+        "from fl_merge.flower import FedMerge\nfrom fl_merge.methods import ties"
+    ),
+    "strategy = FedAvg(": "strategy = FedMerge(ties(density=0.2), ",
+}
+"""What a user changes in server_app.py: the import and the strategy."""
+
+
+def quickstart(folder: Path, server: dict[str, str] | None = None, client: dict[str, str] | None = None) -> Path:
+    """A copy of the quickstart app in which these texts, each found exactly once in its file, are replaced."""
+    shutil.copytree(QUICKSTART, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, replacements in (("server_app.py", server), ("client_app.py", client)):
+        path = folder / "quickstart" / file
+        text = path.read_text()
+        for old, new in (replacements or {}).items():
+            assert text.count(old) == 1, f"{text.count(old)} times in {file}: {old}"
+            text = text.replace(old, new)
+        path.write_text(text)
+    return folder

@@ -1,0 +1,1 @@
+"""quickstart: a federation in the style of Flower's quickstarts."""
