@@ -1,0 +1,1 @@
+"""toy: A Flower app."""
