@@ -1,0 +1,65 @@
+"""The demo's table: every registered method in it, scales chosen on validation data, files that say the same."""
+
+import csv
+
+import baselines
+import demo
+import pytest
+from digits_clients import data
+from rich.console import Console
+
+from fl_merge import METHODS
+
+
+@pytest.fixture(scope="module")
+def people():
+    return baselines.population(epochs=1)
+
+
+@pytest.fixture(scope="module")
+def validation():
+    return list(data.validation_examples().values())
+
+
+@pytest.fixture(scope="module")
+def rows(people, validation):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SCALES", (0.5, 1.0))
+        return demo.merged_rows(people, validation, Console(quiet=True))
+
+
+def test_every_registered_method_is_in_the_table_and_tuned_where_it_has_a_scale(rows):
+    defaults = [row.name for row in rows if ", scale" not in row.name]
+    tuned = [row.name.partition(", scale")[0] for row in rows if ", scale" in row.name]
+    assert sorted(defaults) == sorted(METHODS)
+    assert defaults[0] == "weighted_average"
+    assert sorted(tuned) == sorted(name for name, entry in METHODS.items() if "scale" in entry.parameters)
+    assert all(row.uplink_bytes == 8 * 4 * 301_066 and row.forward_passes == 1 for row in rows)
+
+
+def test_a_scale_is_chosen_on_the_examples_that_are_given(people, monkeypatch):
+    monkeypatch.setattr(demo, "SCALES", (0.2, 1.0))
+    shown = people.clients[1].test
+    by_scale = {scale: demo.merged("task_arithmetic", people, scale=scale) for scale in demo.SCALES}
+    wanted = max(by_scale, key=lambda scale: demo.model.accuracy(by_scale[scale], shown))
+    assert demo.tuned_row("task_arithmetic", people, [shown]).name == f"task_arithmetic, scale {wanted}"
+
+
+def test_the_files_hold_every_row(rows, people, tmp_path):
+    demo.write_markdown(tmp_path / "table.md", rows, people.individual, "below")
+    demo.write_csv(tmp_path / "table.csv", rows, people.individual)
+    text = (tmp_path / "table.md").read_text()
+    assert all(f"| {row.name} | {100 * row.mean:.1f} |" in text for row in rows)
+    with (tmp_path / "table.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [line["model"] for line in written] == [row.name for row in rows]
+    for line, row in zip(written, rows, strict=True):
+        assert float(line["mean"]) == row.mean
+        assert {name: float(line[name]) for name in data.DOMAINS} == row.accuracies
+
+
+def test_the_conditions_name_sizes_and_defaults(people, validation):
+    text = demo.conditions(people, sum(map(len, validation)))
+    for fact in ("8 clients with 144 private images", "360 test images", "680 labelled validation examples", "Seed 0"):
+        assert fact in text
+    assert "ties: density=0.2" in text
