@@ -45,12 +45,14 @@ SAFETENSORS_DTYPES = {
 class MemorySource:
     """Tensors that are at hand, such as a state dict.
 
-    Two names of one storage (tied weights) are found and merged once.
+    Args:
+        tensors: by name.
+        tied: names that are another name's tensor and are merged once with it; by default found by their storage.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], tied: Mapping[str, str] | None = None) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self._aliases = _tied_names(self._tensors)
+        self._aliases = tied_names(self._tensors) if tied is None else dict(tied)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes."""
@@ -65,7 +67,8 @@ class MemorySource:
         return self._aliases
 
 
-def _tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tied weights: each name that shares the storage of an earlier one, and that one."""
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
     for name, tensor in tensors.items():

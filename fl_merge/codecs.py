@@ -1,0 +1,126 @@
+"""How a tensor becomes bytes on the wire, by tag.
+
+A codec's tag stands beside the bytes (Flower calls it `stype`), so that a reader knows what it has, and a reader that
+does not know the tag refuses instead of misreading.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_merge.errors import DecodeError
+from fl_merge.types import TensorSpec
+
+with warnings.catch_warnings():
+    # torch warns once that bytes are read-only. They are meant to be: what is decoded is never written to.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"\0", dtype=torch.uint8)
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+"""The dtypes that travel, by name."""
+
+
+class Codec(Protocol):
+    """Two functions and a tag."""
+
+    tag: str
+
+    def encode(self, tensor: Tensor) -> bytes:
+        """The tensor as bytes."""
+        ...
+
+    def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
+        """The tensor of that shape and dtype, as a read-only view of the bytes where that is possible.
+
+        Raises:
+            DecodeError: if the bytes are not such a tensor.
+        """
+        ...
+
+
+class Raw:
+    """The elements in row order, little-endian, and nothing else: for every dtype, numpy's and bfloat16."""
+
+    tag = "fl_merge.raw"
+
+    def encode(self, tensor: Tensor) -> bytes:
+        """The tensor as bytes."""
+        flat_S = tensor.detach().cpu().contiguous().view(-1)
+        return flat_S.view(torch.uint8).numpy().tobytes() if flat_S.numel() else b""
+
+    def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
+        """A view of the bytes."""
+        if len(data) != spec.nbytes:
+            raise DecodeError(f"{len(data)} bytes, wanted {spec.nbytes} for {spec}")
+        return _view(data, spec, 0)
+
+
+class Numpy:
+    """A .npy file, as Flower's own arrays are; object arrays are refused, so nothing is unpickled."""
+
+    tag = "numpy.ndarray"
+
+    def encode(self, tensor: Tensor) -> bytes:
+        """The tensor as bytes."""
+        buffer = io.BytesIO()
+        np.save(buffer, tensor.detach().cpu().numpy(), allow_pickle=False)
+        return buffer.getvalue()
+
+    def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
+        """A view of the bytes; a copy for arrays in Fortran order or of the other endianness."""
+        stream = io.BytesIO(data)
+        try:
+            version = np.lib.format.read_magic(stream)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran_order, dtype = read_header(stream)
+        except (ValueError, KeyError, EOFError, SyntaxError, TypeError) as error:
+            raise DecodeError(f"not a .npy array: {error}") from None
+        if dtype.newbyteorder("=").name != str(spec.dtype).removeprefix("torch.") or tuple(shape) != spec.shape:
+            raise DecodeError(f"the array inside is {tuple(shape)} {dtype}, announced as {spec}")
+        start = stream.tell()
+        if len(data) - start != spec.nbytes:
+            raise DecodeError(f"{len(data) - start} bytes of elements, wanted {spec.nbytes} for {spec}")
+        if fortran_order or not dtype.isnative:
+            array = np.ndarray(spec.shape, dtype, data, start, order="F" if fortran_order else "C")
+            return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
+        return _view(data, spec, start)
+
+
+def _view(data: bytes, spec: TensorSpec, start: int) -> Tensor:
+    if spec.numel == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    return torch.frombuffer(data, dtype=spec.dtype, count=spec.numel, offset=start).reshape(spec.shape)
+
+
+CODECS: dict[str, Codec] = {codec.tag: codec for codec in (Raw(), Numpy())}
+"""Every codec by its tag."""
+
+
+def codec_for(dtype: torch.dtype) -> Codec:
+    """numpy's format for what numpy has, so that plain Flower clients read it; raw bytes for the rest (bfloat16)."""
+    return CODECS[Numpy.tag if hasattr(np, str(dtype).removeprefix("torch.")) else Raw.tag]

@@ -1,0 +1,165 @@
+"""A ServerApp that is driven by the run config: no code needed for a server that merges.
+
+    [tool.flwr.app.components]
+    serverapp = "fl_merge.flower.server_app:app"
+
+    [tool.flwr.app.config]
+    initial-model = "model.safetensors"       # or "my_app.task:initial_model", a function that gives a state dict
+    merge-method = "ties"
+    parameters.density = 0.2
+
+Where the initial model or an evaluation needs the app's code, `make_server_app(initial=..., evaluate=...)` makes one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fl_merge.errors import RecipeError
+from fl_merge.flower.journal import Journal
+from fl_merge.flower.records import to_record, to_tensors
+from fl_merge.flower.strategy import FedMerge
+from fl_merge.flower.watch import Watcher
+from fl_merge.recipe import Recipe
+from fl_merge.runs.folder import RunFolder
+from fl_merge.store import load, tied_names
+
+Config = Mapping[str, bool | int | float | str]
+
+SETTINGS: dict[str, bool | int | float | str] = {
+    "recipe": "",
+    "merge-method": "weighted_average",
+    "initial-model": "",
+    "num-server-rounds": 3,
+    "fraction-train": 1.0,
+    "fraction-evaluate": 1.0,
+    "min-train-nodes": 2,
+    "min-evaluate-nodes": 2,
+    "min-available-nodes": 2,
+    "min-replies": 0,
+    "max-failures": 0.5,
+    "round-timeout": 3600.0,
+    "node-timeout": 3600.0,
+    "wire-dtype": "",
+    "seed": 0,
+    "run-folder": "",
+}
+"""The keys of the run config that the server reads, with their defaults. 0 or "" means: not set."""
+
+
+def make_server_app(
+    initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
+    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+) -> ServerApp:
+    """A ServerApp that runs `FedMerge` as the run config says; the keys are those of `SETTINGS`.
+
+    Args:
+        initial: from the run config to the initial state dict; by default `initial-model` names it.
+        evaluate: from the run config, the round (0 before the first) and the global model to metrics.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        run(grid, context.run_config, initial, evaluate)
+
+    return app
+
+
+def run(
+    grid: Grid,
+    config: Config,
+    initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
+    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+) -> None:
+    """One federation, from the run config to the run's folder.
+
+    Raises:
+        RecipeError: if the config does not make sense, before any client is asked.
+        RunFailedError: if no round made a model.
+    """
+    _refuse_misspelt(config)
+    settings = {key: _setting(key, config.get(key, default), default) for key, default in SETTINGS.items()}
+    recipe = Recipe.from_config(config)
+    state = dict(initial(config)) if initial is not None else _initial_model(str(settings["initial-model"]))
+    arrays = to_record(state, str(settings["wire-dtype"]))
+    watchers: list[Watcher] = []
+    folder = None
+    if settings["run-folder"]:
+        try:
+            folder = RunFolder(str(settings["run-folder"]))
+        except OSError as error:
+            raise RecipeError(f"run-folder: {error}") from None
+        folder.write_recipe(recipe.to_yaml())
+        folder.write_config(config)
+        watchers.append(Journal(folder))
+    strategy = FedMerge(
+        recipe.build(),
+        fraction_train=float(settings["fraction-train"]),
+        fraction_evaluate=float(settings["fraction-evaluate"]),
+        min_train_nodes=int(settings["min-train-nodes"]),
+        min_evaluate_nodes=int(settings["min-evaluate-nodes"]),
+        min_available_nodes=int(settings["min-available-nodes"]),
+        min_replies=int(settings["min-replies"]) or None,
+        max_failures=float(settings["max-failures"]),
+        node_timeout=float(settings["node-timeout"]),
+        seed=int(settings["seed"]),
+        tied=tied_names(state),
+        watchers=watchers,
+    )
+
+    def evaluated(server_round: int, model: ArrayRecord) -> MetricRecord:
+        assert evaluate is not None
+        return MetricRecord(
+            {key: float(value) for key, value in evaluate(config, server_round, to_tensors(model)).items()}
+        )
+
+    strategy.start(
+        grid,
+        arrays,
+        num_rounds=int(settings["num-server-rounds"]),
+        timeout=float(settings["round-timeout"]),
+        evaluate_fn=evaluated if evaluate is not None else None,
+    )
+
+
+def _setting(key: str, value: object, default: bool | int | float | str) -> bool | int | float | str:
+    kind = (int, float) if isinstance(default, float) else type(default)
+    if not isinstance(value, kind) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise RecipeError(
+            f"run config, '{key}': found {value!r}, wanted {type(default).__name__} (default {default!r})"
+        )
+    return value
+
+
+def _refuse_misspelt(config: Config) -> None:
+    """A key of the server's that is nearly right would be ignored, and the run not what was asked for."""
+    for key in config:
+        if key in SETTINGS or "." in key:
+            continue
+        close = difflib.get_close_matches(key.replace("_", "-"), SETTINGS, n=1, cutoff=0.87)
+        if close and close[0] not in config:
+            raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}'?")
+
+
+def _initial_model(where: str) -> dict[str, Tensor]:
+    if not where:
+        raise RecipeError("run config, 'initial-model': found nothing, wanted a safetensors file or 'module:function'")
+    module, colon, function = where.partition(":")
+    if colon and not Path(where).exists():
+        try:
+            return dict(getattr(importlib.import_module(module), function)())
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(f"run config, 'initial-model': cannot load '{where}': {error}") from error
+    return load(where)
+
+
+app = make_server_app()
+"""The app for `serverapp = "fl_merge.flower.server_app:app"`."""

@@ -1,0 +1,404 @@
+"""FedMerge: the strategy that stands where FedAvg stood."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import Result, Strategy
+
+from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
+from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError
+from fl_merge.execute import merged_specs
+from fl_merge.flower.records import RecordSource, to_record, to_tensors
+from fl_merge.flower.replies import RepliesAsTheyCome
+from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
+from fl_merge.method import build, in_range
+from fl_merge.rounds import GlobalModel, Refusal, Round, average_metrics, quorum
+from fl_merge.types import MergeMethod, Update
+
+logger = logging.getLogger("flwr")
+
+MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class RunFailedError(MergeError, AggregationError):
+    """A run that made no model; Flower ends it as failed."""
+
+
+class FedMerge(Strategy):
+    """A Flower strategy that merges the clients' models with any merge method.
+
+        strategy = FedMerge(ties(density=0.2))
+
+    Each update is checked whole against the model that was sent before anything of it is used. One that does not fit
+    is dropped, with client, tensor and reason in the log, and the round's result is bit for bit the one without that
+    client. A round with too few usable updates fails: the old model stays. A run in which no round made a model raises
+    `RunFailedError`.
+
+    The sampling arguments are FedAvg's.
+
+    Args:
+        method: a merge method, such as `ties(density=0.2)`, or its name for the defaults.
+        fraction_train, fraction_evaluate: of the connected nodes that are sampled.
+        min_train_nodes, min_evaluate_nodes: sampled at least.
+        min_available_nodes: nodes to wait for before sampling.
+        weighted_by_key: the metric that holds a client's number of examples.
+        arrayrecord_key, configrecord_key: names of the records in messages to clients.
+        train_metrics_aggr_fn, evaluate_metrics_aggr_fn: from the usable replies and `weighted_by_key` to the round's
+            metrics; by default each metric's mean over the clients that sent it, weighted by their examples.
+        min_replies: usable updates that a round needs; by default all sampled less the tolerated failures, at least 2.
+        max_failures: the tolerated failures, as a fraction of the sampled nodes.
+        max_num_examples: the largest number of examples that is believed.
+        node_timeout: seconds to wait for enough nodes to connect.
+        seed: of node sampling and of the methods' draws.
+        tied: names of tensors that are another name's tensor (tied weights) and are merged once with it.
+        watchers: told of every round; see `fl_merge.flower.watch`.
+
+    Raises:
+        RecipeError: for an argument that is out of range.
+    """
+
+    def __init__(
+        self,
+        method: MergeMethod | str,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        train_metrics_aggr_fn: MetricsFunction | None = None,
+        evaluate_metrics_aggr_fn: MetricsFunction | None = None,
+        *,
+        min_replies: int | None = None,
+        max_failures: float = 0.5,
+        max_num_examples: float = MAX_NUM_EXAMPLES,
+        node_timeout: float = 3600.0,
+        seed: int = 0,
+        tied: Mapping[str, str] | None = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
+        in_range("fraction_train", fraction_train, 0.0, 1.0)
+        in_range("fraction_evaluate", fraction_evaluate, 0.0, 1.0)
+        in_range("max_failures", max_failures, 0.0, 1.0)
+        in_range("min_replies", 1 if min_replies is None else min_replies, 1)
+        in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
+        in_range("node_timeout", node_timeout, 0.0)
+        if not isinstance(method, str) and not hasattr(method, "plan"):
+            raise RecipeError(
+                f"FedMerge: found {method!r}, wanted a merge method such as ties(density=0.2), or its name"
+            )
+        self.method = build(method) if isinstance(method, str) else method
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate
+        self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
+        self.min_evaluate_nodes = min_evaluate_nodes if fraction_evaluate > 0 else 0
+        self.min_available_nodes = min_available_nodes
+        self.weighted_by_key = weighted_by_key
+        self.arrayrecord_key = arrayrecord_key
+        self.configrecord_key = configrecord_key
+        self.train_metrics_aggr_fn = train_metrics_aggr_fn
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
+        self.min_replies = min_replies
+        self.max_failures = max_failures
+        self.max_num_examples = max_num_examples
+        self.node_timeout = node_timeout
+        self.seed = seed
+        self.tied = dict(tied or {})
+        self.watchers = tuple(watchers)
+        self._model: GlobalModel | None = None
+        self._record: ArrayRecord | None = None  # what `_model` was sent as
+        self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
+        self._merged_rounds = 0
+        self._failures: list[str] = []
+
+    @property
+    def model(self) -> GlobalModel:
+        """The global model, float32 master included.
+
+        Raises:
+            MergeError: before the first round.
+        """
+        if self._model is None:
+            raise MergeError("there is no global model yet: configure_train has not been called")
+        return self._model
+
+    def summary(self) -> None:
+        """Log the settings."""
+        logger.info("\t├──> Merge method: %s", self.method)
+        logger.info(
+            "\t├──> Sampling: train %.2f (at least %d) | evaluate %.2f (at least %d) | of at least %d nodes",
+            self.fraction_train,
+            self.min_train_nodes,
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
+            self.min_available_nodes,
+        )
+        needed = self.min_replies or f"all less {self.max_failures:.0%}, at least 2"
+        logger.info("\t├──> Usable replies that a round needs: %s", needed)
+        logger.info("\t└──> Weighted by: '%s'; seed %d", self.weighted_by_key, self.seed)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the federation: Flower's own loop, with replies taken as they arrive.
+
+        Args and Returns: as Flower's `Strategy.start`.
+
+        Raises:
+            RecipeError: if the method does not fit the model, before any client is asked.
+            RunFailedError: if no round made a model.
+        """
+        self._adopt(initial_arrays)
+        self._merged_rounds, self._failures = 0, []
+        merged_specs(self.method, self._trainable_specs(), clients=max(2, self.min_train_nodes))
+        watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
+        for watcher in self._watchers():
+            watcher.run_started(num_rounds, self.method)
+        result = super().start(
+            RepliesAsTheyCome(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, watched
+        )
+        if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
+            raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
+        if not result.arrays:
+            result.arrays = initial_arrays
+        return result
+
+    def _trainable_specs(self) -> dict[str, Any]:
+        return {name: spec for name, spec in self.model.specs().items() if name not in self.tied}
+
+    def _watchers(self) -> tuple[Watcher, ...]:
+        return (*self.watchers, *watchers_here())
+
+    def _watched_evaluation(
+        self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
+    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
+        def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            metrics = evaluate_fn(server_round, arrays)
+            if metrics is not None:
+                for watcher in self._watchers():
+                    watcher.server_evaluated(server_round, dict(metrics))
+            return metrics
+
+        return evaluated
+
+    def _adopt(self, arrays: ArrayRecord) -> None:
+        """Make `arrays` the global model, unless it is the record that the model was sent as."""
+        if arrays is self._record:
+            return
+        if not arrays:
+            raise RecipeError("the initial model has no arrays; pass ArrayRecord(model.state_dict())")
+        tensors = to_tensors(arrays)
+        unknown = [name for pair in self.tied.items() for name in pair if name not in tensors]
+        if unknown:
+            raise RecipeError(f"tied: the model has no tensor '{unknown[0]}'")
+        self._model, self._record = GlobalModel(tensors, tied=self.tied), arrays
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages that ask the sampled nodes to train."""
+        self._adopt(arrays)
+        if self.fraction_train == 0.0:
+            self._asked = []
+            return []
+        nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
+        if quorum(len(nodes), self.min_replies, self.max_failures) > len(nodes):
+            raise RecipeError(
+                f"{len(nodes)} node is sampled and a round needs {self.min_replies or 2} usable replies; "
+                f"pass min_replies={len(nodes)} if one client's model is what you want"
+            )
+        for watcher in self._watchers():
+            watcher.round_started(server_round, tuple(str(node) for node in nodes))
+        return self._messages(server_round, arrays, config, nodes, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the replies, merge the usable ones, and report the rest.
+
+        Returns:
+            The new model and the round's metrics; (None, None) if the round failed: the old model then stands.
+        """
+        if not self._asked:
+            return None, None
+        collected = Round(
+            server_round,
+            self.model,
+            self.method,
+            tuple(str(about.dst_node_id) for about in self._asked),
+            min_replies=self.min_replies,
+            max_failures=self.max_failures,
+            seed=self.seed,
+            max_num_examples=self.max_num_examples,
+        )
+        contents: dict[str, RecordDict] = {}
+        askers = self._asked_by_id()
+        for message in replies:
+            self._take_in(collected, _client_of(message, askers), message, contents)
+        model, report = collected.merge()
+        self._log(report.refused, len(report.accepted), "train")
+        metrics = None
+        if model is None:
+            self._failures.append(f"round {server_round}: {report.failure}")
+            logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
+        else:
+            self._merged_rounds += 1
+            self._model, self._record = model, to_record(model.sent)
+            accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
+            metrics = self._metrics(self.train_metrics_aggr_fn, contents, accepted)
+        for watcher in self._watchers():
+            watcher.round_ended(report, self.model)
+        return (None, None) if model is None else (self._record, metrics)
+
+    def _take_in(self, collected: Round, client_id: str, message: Message, contents: dict[str, RecordDict]) -> None:
+        started = time.perf_counter()
+        if message.has_error():
+            refusal: Refusal | None = collected.refuse(client_id, f"client error: {_first_line(message.error.reason)}")
+        else:
+            refusal = collected.offer(client_id, lambda: self._read_update(client_id, message.content))
+        if refusal is None:
+            contents[client_id] = RecordDict(dict(message.content.metric_records.items()))
+            if self.train_metrics_aggr_fn is not None:
+                contents[client_id] = message.content
+        for watcher in self._watchers():
+            watcher.replied(collected.number, client_id, refusal, time.perf_counter() - started)
+
+    def _read_update(self, client_id: str, content: RecordDict) -> Update:
+        num_examples, metrics = self._read_metrics(content)
+        records = list(content.array_records.values())
+        if len(records) != 1:
+            raise DecodeError(f"{len(records)} ArrayRecords, wanted one")
+        return Update(client_id, num_examples, RecordSource(records[0]), metrics)
+
+    def _read_metrics(self, content: RecordDict) -> tuple[float, dict[str, Any]]:
+        records = list(content.metric_records.values())
+        if len(records) != 1:
+            raise DecodeError(f"{len(records)} MetricRecords, wanted one")
+        if self.weighted_by_key not in records[0]:
+            raise WeightError(f"the MetricRecord has no '{self.weighted_by_key}' (it has: {', '.join(records[0])})")
+        num_examples = check_num_examples(records[0][self.weighted_by_key], self.max_num_examples)
+        return num_examples, {key: value for key, value in records[0].items() if key != self.weighted_by_key}
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The messages that ask the sampled nodes to evaluate the global model."""
+        if self.fraction_evaluate == 0.0:
+            self._asked = []
+            return []
+        nodes = self._sample(grid, server_round, "evaluate", self.fraction_evaluate, self.min_evaluate_nodes)
+        return self._messages(server_round, arrays, config, nodes, MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The metrics of the usable replies, averaged; None if there are none."""
+        contents: dict[str, RecordDict] = {}
+        reports: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        refused: dict[str, Refusal] = {}
+        asked = {str(about.dst_node_id) for about in self._asked}
+        askers = self._asked_by_id()
+        for message in replies:
+            client_id = _client_of(message, askers)
+            if client_id not in asked or client_id in reports:
+                continue
+            try:
+                if message.has_error():
+                    raise DecodeError(f"client error: {_first_line(message.error.reason)}")
+                reports[client_id] = self._read_metrics(message.content)
+                contents[client_id] = message.content
+            except UpdateError as error:
+                refused[client_id] = Refusal(client_id, error.problem, error.tensor)
+        for client_id in asked - reports.keys() - refused.keys():
+            refused[client_id] = Refusal(client_id, "no reply before the deadline")
+        if not asked:
+            return None
+        self._log(tuple(refused.values()), len(reports), "evaluate")
+        metrics = self._metrics(self.evaluate_metrics_aggr_fn, contents, reports) if reports else None
+        evaluation = Evaluation(server_round, reports, tuple(refused.values()), dict(metrics or {}))
+        for watcher in self._watchers():
+            watcher.clients_evaluated(evaluation)
+        return metrics
+
+    # --- shared ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, grid: Grid, server_round: int, phase: str, fraction: float, at_least: int) -> list[int]:
+        """Nodes for one phase of one round: a function of the seed, the round and who is connected."""
+        deadline = time.monotonic() + self.node_timeout
+        told = 0.0
+        while True:
+            connected = sorted(grid.get_node_ids())
+            size = max(int(len(connected) * fraction), at_least)
+            wanted = max(self.min_available_nodes, size)
+            if len(connected) >= wanted:
+                break
+            if time.monotonic() >= deadline:
+                raise RunFailedError(
+                    f"{len(connected)} nodes connected in {self.node_timeout:g} s (node_timeout), wanted {wanted}"
+                )
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                logger.info("waiting for nodes: %d connected, %d wanted", len(connected), wanted)
+            time.sleep(0.5)
+        chosen = random.Random(f"{self.seed}/{server_round}/{phase}").sample(connected, size)
+        logger.info("configure_%s: sampled %d nodes of %d", phase, len(chosen), len(connected))
+        return sorted(chosen)
+
+    def _messages(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int], message_type: str
+    ) -> list[Message]:
+        settings = config.copy()
+        settings["server-round"] = server_round
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: settings})
+        messages = [
+            Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
+        ]
+        self._asked = [message.metadata for message in messages]
+        return messages
+
+    def _asked_by_id(self) -> dict[str, str]:
+        return {about.message_id: str(about.dst_node_id) for about in self._asked if about.message_id}
+
+    def _metrics(
+        self,
+        function: MetricsFunction | None,
+        contents: Mapping[str, RecordDict],
+        reports: Mapping[str, tuple[float, Mapping[str, Any]]],
+    ) -> MetricRecord:
+        if function is not None:
+            return function([contents[client_id] for client_id in sorted(contents)], self.weighted_by_key)
+        return MetricRecord(cast("dict[str, Any]", average_metrics({key: reports[key] for key in sorted(reports)})))
+
+    def _log(self, refused: Sequence[Refusal], usable: int, phase: str) -> None:
+        logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
+        for refusal in refused:
+            logger.warning("\trefused: %s", refusal)
+
+
+def _client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:
+    """Who a reply is from: the node that its request went to, since some errors are signed by the SuperLink."""
+    about = reply.metadata
+    return asked_by_id.get(about.reply_to_message_id, str(about.src_node_id))
+
+
+def _first_line(reason: str | None) -> str:
+    return (reason or "no reason given").strip().splitlines()[-1][:300]

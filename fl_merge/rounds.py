@@ -1,0 +1,253 @@
+"""A round of a federation, whatever carries it: take updates in, refuse the bad ones, merge the rest.
+
+The global model is kept as a float32 master; clients get it in the base's dtype. A model kept in bfloat16 would lose
+about a tenth of each round's merged delta to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fl_merge.check import MAX_NUM_EXAMPLES, check_update
+from fl_merge.errors import MergeError, UpdateError
+from fl_merge.execute import MergeReport, execute
+from fl_merge.store import MemorySink, MemorySource
+from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
+
+MIN_REPLIES = 2
+"""Fewer are never merged unless the operator asks for it: one client's model is not a merge."""
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The model between rounds.
+
+    Args:
+        sent: what clients start from, in the base's dtypes.
+        rest: master minus sent, for tensors whose dtype is narrower than float32.
+        tied: names that are another name's tensor (tied weights), and that name.
+    """
+
+    sent: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Names, shapes and dtypes as clients see them."""
+        return {name: TensorSpec.of(tensor) for name, tensor in self.sent.items()}
+
+    def master(self) -> dict[str, Tensor]:
+        """The model in full precision: float32 where the base is narrower."""
+        return {
+            name: tensor.to(compute_dtype(tensor.dtype)) + self.rest[name] if name in self.rest else tensor
+            for name, tensor in self.sent.items()
+        }
+
+    def merged(
+        self, method: MergeMethod, updates: tuple[Update, ...], *, seed: int, round_number: int
+    ) -> tuple[GlobalModel, MergeReport]:
+        """The next global model.
+
+        The merged delta is what the clients did to `sent`; it is added to the master.
+
+        Raises:
+            MergeError: as `execute`, and if the model does not fit the dtype that clients are sent.
+        """
+        cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
+        sink = MemorySink()
+        report = execute(method, cohort, sink, master=True)
+        sent, rest = {}, {}
+        for name, merged in sink.tensors.items():
+            dtype = self.sent[name].dtype if name in self.sent else merged.dtype
+            if name in self.rest:
+                merged = merged + self.rest[name]
+            sent[name] = merged.to(dtype)
+            if dtype != merged.dtype:
+                rest[name] = merged - sent[name].to(merged.dtype)
+                if not torch.isfinite(sent[name]).all():
+                    raise MergeError(
+                        f"tensor '{name}': the merged model does not fit {str(dtype).removeprefix('torch.')}"
+                    )
+        return GlobalModel(sent, rest, self.tied), report
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """An update that was merged."""
+
+    client_id: str
+    num_examples: float
+    metrics: Mapping[str, float | int | list[float] | list[int]]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An update that was not, and why; `tensor` where the reason is with one tensor."""
+
+    client_id: str
+    reason: str
+    tensor: str | None = None
+
+    def __str__(self) -> str:
+        where = f", tensor '{self.tensor}'" if self.tensor else ""
+        return f"client '{self.client_id}'{where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What happened in a round.
+
+    Args:
+        round_number: from 1.
+        sampled: the clients that were asked.
+        accepted, refused: what came of them. Late clients are among the refused.
+        merge: None if the round made no model.
+        failure: why it made none.
+        seconds: from the first update's arrival to the merged model.
+    """
+
+    round_number: int
+    sampled: tuple[str, ...]
+    accepted: tuple[Accepted, ...]
+    refused: tuple[Refusal, ...]
+    merge: MergeReport | None
+    failure: str | None
+    seconds: float
+
+
+class Round:
+    """Collects one round's updates. `offer` and `refuse` as replies come in, then `merge`.
+
+    Args:
+        number: from 1.
+        model: that the clients started from.
+        method: how to merge.
+        sampled: the clients that were asked; anyone else is refused.
+        min_replies: fewer good updates make no model; None for all sampled less the tolerated failures, at least 2.
+        max_failures: the fraction of the sampled clients that may fail when `min_replies` is None.
+        seed: of the run.
+        max_num_examples: the largest number of examples a client may claim.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        model: GlobalModel,
+        method: MergeMethod,
+        sampled: tuple[str, ...],
+        *,
+        min_replies: int | None = None,
+        max_failures: float = 0.5,
+        seed: int = 0,
+        max_num_examples: float = MAX_NUM_EXAMPLES,
+    ) -> None:
+        self.number = number
+        self.sampled = sampled
+        self.min_replies = quorum(len(sampled), min_replies, max_failures)
+        self._model = model
+        self._method = method
+        self._seed = seed
+        self._max_num_examples = max_num_examples
+        self._updates: dict[str, Update] = {}
+        self._accepted: list[Accepted] = []
+        self._refused: dict[str, Refusal] = {}
+        self._specs = model.specs()
+        self._started = time.perf_counter()
+
+    def offer(self, client_id: str, read: Callable[[], Update]) -> Refusal | None:
+        """Take a client's update in if all of it is usable; else refuse it whole.
+
+        Args:
+            client_id: who sent it, as the transport says.
+            read: makes the update out of what was received; may raise UpdateError.
+
+        Returns:
+            None, or why it was refused.
+        """
+        if client_id not in self.sampled:
+            return self.refuse(client_id, "was not asked in this round")
+        if client_id in self._updates or client_id in self._refused:
+            return Refusal(client_id, "replied twice; the first reply counts")
+        try:
+            update = read()
+            check_update(update, self._specs, max_num_examples=self._max_num_examples)
+        except UpdateError as error:
+            return self.refuse(client_id, error.problem, error.tensor)
+        self._updates[client_id] = update
+        size = sum(spec.nbytes for spec in update.tensors.specs().values())
+        self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
+        return None
+
+    def refuse(self, client_id: str, reason: str, tensor: str | None = None) -> Refusal:
+        """Record that a client gave no usable update."""
+        refusal = Refusal(client_id, reason, tensor)
+        self._refused.setdefault(client_id, refusal)
+        return refusal
+
+    def merge(self) -> tuple[GlobalModel | None, RoundReport]:
+        """The next global model, or None if the round failed; the old model then stands."""
+        for client_id in self.sampled:
+            if client_id not in self._updates and client_id not in self._refused:
+                self.refuse(client_id, "no reply before the deadline")
+        model, merge, failure = None, None, None
+        if len(self._updates) < self.min_replies:
+            failure = (
+                f"{len(self._updates)} usable replies of {len(self.sampled)} clients, wanted at least "
+                f"{self.min_replies} (min_replies)"
+            )
+        else:
+            try:
+                model, merge = self._model.merged(
+                    self._method, tuple(self._updates.values()), seed=self._seed, round_number=self.number
+                )
+            except MergeError as error:
+                failure = str(error)
+        report = RoundReport(
+            self.number,
+            self.sampled,
+            tuple(self._accepted),
+            tuple(self._refused.values()),
+            merge,
+            failure,
+            time.perf_counter() - self._started,
+        )
+        return model, report
+
+
+def quorum(sampled: int, min_replies: int | None, max_failures: float) -> int:
+    """How many usable replies a round needs: as asked, else all less the tolerated failures, but at least 2."""
+    if min_replies is not None:
+        return min_replies
+    return max(MIN_REPLIES, sampled - math.floor(sampled * max_failures))
+
+
+def average_metrics(
+    reports: Mapping[str, tuple[float, Mapping[str, float | int | list[float] | list[int]]]],
+) -> dict[str, float | list[float]]:
+    """Each metric's mean over the clients that reported it as finite numbers, weighted by their numbers of examples.
+
+    Args:
+        reports: (number of examples, metrics) by client id.
+
+    Returns:
+        The means; lists of equal length are averaged element by element, others are left out.
+    """
+    means: dict[str, float | list[float]] = {}
+    for name in dict.fromkeys(name for _, metrics in reports.values() for name in metrics):
+        rows = [(weight, metrics[name]) for weight, metrics in reports.values() if name in metrics]
+        values = [(weight, value if isinstance(value, list) else [value]) for weight, value in rows]
+        values = [(weight, row) for weight, row in values if all(math.isfinite(item) for item in row)]
+        if not values or len({len(row) for _, row in values}) > 1 or len({isinstance(v, list) for _, v in rows}) > 1:
+            continue
+        weights = torch.tensor([weight for weight, _ in values], dtype=torch.float64)
+        table = torch.tensor([[float(item) for item in row] for _, row in values], dtype=torch.float64)
+        mean = ((weights[:, None] * table).sum(0) / weights.sum()).tolist()
+        means[name] = mean if isinstance(rows[0][1], list) else mean[0]
+    return means
