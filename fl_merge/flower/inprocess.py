@@ -373,7 +373,7 @@ class InProcessGrid(Grid):
             finally:
                 self._here.release()
         with self._changed:
-            if wanted.isdisjoint(self._replies) and not self._closed:
+            if wanted.isdisjoint(self._replies) and (self._queue or self._busy) and not self._closed:
                 self._changed.wait(seconds)
 
     def _run_here(self, task: _Task) -> None:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from flwr.app import Context, Error, Message
@@ -261,22 +261,30 @@ class WorkerProcess:
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
 
-def serve(connection: Connection) -> None:
-    """A worker's main loop: load the ClientApp, then answer messages until the other end closes."""
+def serve(connection: Connection) -> NoReturn:
+    """A worker's whole life: load the ClientApp, then answer messages until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers itself
     threading.Thread(target=_end_with_parent, args=(connection.fileno(),), daemon=True).start()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with suppress(EOFError, OSError):
-        source: AppSource = connection.recv()
-        try:
-            app = source.load()
-        except (Exception, SystemExit) as problem:
-            connection.send(f"{type(problem).__name__}: {problem}")
-            return
-        connection.send(None)
-        while True:
-            message, context, seed = connection.recv()
-            connection.send(run_message(app, message, context, seed))
+        _answer(connection)
+    # Taking the interpreter down in good order takes half a second where torch is loaded.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _answer(connection: Connection) -> None:
+    source: AppSource = connection.recv()
+    try:
+        app = source.load()
+    except (Exception, SystemExit) as problem:
+        connection.send(f"{type(problem).__name__}: {problem}")
+        return
+    connection.send(None)
+    while True:
+        message, context, seed = connection.recv()
+        connection.send(run_message(app, message, context, seed))
 
 
 def _end_with_parent(handle: int) -> None:
