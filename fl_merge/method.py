@@ -39,8 +39,10 @@ class Range:
 
     def __str__(self) -> str:
         if self.low == -math.inf and self.high == math.inf:
-            return "a finite number"
+            return "that is finite"
         sign = ">" if self.open_low else ">="
+        if self.low == -math.inf:
+            return f"<= {self.high:g}"
         if self.high == math.inf:
             return f"{sign} {self.low:g}"
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"

@@ -120,32 +120,27 @@ class Recipe:
             parameters.density = 0.2
             rules."*norm*" = "weighted_average"
 
-        or `recipe = "recipe.yaml"` for a file. Keys that belong to neither are left alone: they are the app's.
+        `parameters` and `rules` may also be text in YAML, `parameters = "{density: 0.2}"`, which `flwr run
+        --run-config` can override. `recipe = "recipe.yaml"` names a file that takes the place of all three. Other keys
+        are left alone: they are the app's.
 
         Raises:
             RecipeError: as `load`.
         """
         if config.get("recipe"):
-            doubled = [key for key in config if key == "merge-method" or key.startswith(("parameters.", "rules."))]
-            if doubled:
-                raise RecipeError(f"run config: 'recipe' and '{doubled[0]}' are both given; the file says it all")
             return cls.load(str(config["recipe"]))
-        content: dict[str, Any] = {"merge_method": config.get("merge-method", "weighted_average")}
-        prefix = "parameters."
-        content["parameters"] = {
-            key.removeprefix(prefix).replace("-", "_"): value for key, value in config.items() if key.startswith(prefix)
-        }
-        content["rules"] = [
-            {"match": key.removeprefix("rules."), "merge_method": value}
-            for key, value in config.items()
-            if key.startswith("rules.")
-        ]
-        for known in ("merge-method", "parameters", "rules"):
-            for key in config:
-                if key.replace("_", "-") == known and key != known:
-                    raise RecipeError(f"run config: unknown key '{key}'; did you mean '{known}'?")
+        if "merge_method" in config:
+            raise RecipeError("run config: unknown key 'merge_method'; did you mean 'merge-method'?")
         try:
-            recipe = cls.from_dict(content)
+            parameters = _table("parameters", config)
+            rules = _table("rules", config)
+            recipe = cls.from_dict(
+                {
+                    "merge_method": config.get("merge-method", "weighted_average"),
+                    "parameters": {key.replace("-", "_"): value for key, value in parameters.items()},
+                    "rules": [{"match": match, "merge_method": method} for match, method in rules.items()],
+                }
+            )
             recipe.build()
         except RecipeError as error:
             raise RecipeError(f"run config: {error}") from None
@@ -190,6 +185,21 @@ def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, 
         if key not in known:
             raise RecipeError(f"unknown key '{key}' in {where}{nearest(str(key), known)}")
     return content
+
+
+def _table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of the run config: Flower has flattened it to `name.key`, or it is YAML in one string."""
+    table = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
+    text = config.get(name)
+    if text:
+        try:
+            parsed = yaml.load(str(text), Loader=_Loader)
+        except yaml.YAMLError:
+            parsed = None
+        if not isinstance(parsed, Mapping):
+            raise RecipeError(f"{name}: found {text!r}, wanted YAML such as '{{key: value}}'")
+        table |= dict(parsed)
+    return table
 
 
 def _text(key: str, content: Mapping[str, Any]) -> str:

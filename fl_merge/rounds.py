@@ -26,55 +26,90 @@ MIN_REPLIES = 2
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """The model between rounds.
+    """The model between rounds; made by `GlobalModel.of`.
 
     Args:
-        sent: what clients start from, in the base's dtypes.
-        rest: master minus sent, for tensors whose dtype is narrower than float32.
+        sent: what clients start from.
+        rest: master minus sent, for tensors that are sent in a narrower dtype than they are kept in.
+        dtypes: the base's, in which the model is given out.
         tied: names that are another name's tensor (tied weights), and that name.
     """
 
     sent: Mapping[str, Tensor]
-    rest: Mapping[str, Tensor] = field(default_factory=dict)
+    rest: Mapping[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
     tied: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        wire: torch.dtype | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> GlobalModel:
+        """The model with these values.
+
+        Args:
+            tensors: in any precision.
+            wire: the floating dtype that clients are sent; None for each tensor's own.
+            dtypes: the base's; by default those of `tensors`.
+            tied: tied weights.
+
+        Raises:
+            MergeError: if a value does not fit the dtype that it is sent in.
+        """
+        dtypes = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+        sent, rest = {}, {}
+        for name, tensor in tensors.items():
+            dtype = wire if wire is not None and tensor.is_floating_point() else dtypes[name]
+            sent[name] = tensor.to(dtype)
+            if tensor.is_floating_point() and dtype != tensor.dtype:
+                if not torch.isfinite(sent[name]).all():
+                    raise MergeError(f"tensor '{name}': the model does not fit {str(dtype).removeprefix('torch.')}")
+                kept = compute_dtype(tensor.dtype)
+                rest[name] = tensor.to(kept) - sent[name].to(kept)
+        return cls(sent, rest, dtypes, dict(tied or {}))
 
     def specs(self) -> dict[str, TensorSpec]:
         """Names, shapes and dtypes as clients see them."""
         return {name: TensorSpec.of(tensor) for name, tensor in self.sent.items()}
 
     def master(self) -> dict[str, Tensor]:
-        """The model in full precision: float32 where the base is narrower."""
-        return {
-            name: tensor.to(compute_dtype(tensor.dtype)) + self.rest[name] if name in self.rest else tensor
-            for name, tensor in self.sent.items()
-        }
+        """The model as it is kept: float32 where the base or what is sent is narrower."""
+        return {name: self._kept(name, tensor) for name, tensor in self.sent.items()}
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(self.rest[name].dtype) + self.rest[name] if name in self.rest else tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model in the base's dtypes."""
+        return {name: tensor.to(self.dtypes[name]) for name, tensor in self.master().items()}
 
     def merged(
-        self, method: MergeMethod, updates: tuple[Update, ...], *, seed: int, round_number: int
+        self,
+        method: MergeMethod,
+        updates: tuple[Update, ...],
+        *,
+        seed: int,
+        round_number: int,
+        wire: torch.dtype | None = None,
     ) -> tuple[GlobalModel, MergeReport]:
         """The next global model.
 
         The merged delta is what the clients did to `sent`; it is added to the master.
 
         Raises:
-            MergeError: as `execute`, and if the model does not fit the dtype that clients are sent.
+            MergeError: as `execute` and `of`.
         """
-        cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         sink = MemorySink()
+        cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         report = execute(method, cohort, sink, master=True)
-        sent, rest = {}, {}
-        for name, merged in sink.tensors.items():
-            dtype = self.sent[name].dtype if name in self.sent else merged.dtype
-            if name in self.rest:
-                merged = merged + self.rest[name]
-            sent[name] = merged.to(dtype)
-            if dtype != merged.dtype:
-                rest[name] = merged - sent[name].to(merged.dtype)
-                if not torch.isfinite(sent[name]).all():
-                    raise MergeError(
-                        f"tensor '{name}': the merged model does not fit {str(dtype).removeprefix('torch.')}"
-                    )
-        return GlobalModel(sent, rest, self.tied), report
+        kept = {
+            name: merged + self.rest[name] if name in self.rest else merged for name, merged in sink.tensors.items()
+        }
+        return GlobalModel.of(kept, wire=wire, dtypes=self.dtypes, tied=self.tied), report
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,7 @@ class Round:
         max_failures: the fraction of the sampled clients that may fail when `min_replies` is None.
         seed: of the run.
         max_num_examples: the largest number of examples a client may claim.
+        wire: the floating dtype in which the next model is sent; None for the base's.
     """
 
     def __init__(
@@ -147,6 +183,7 @@ class Round:
         max_failures: float = 0.5,
         seed: int = 0,
         max_num_examples: float = MAX_NUM_EXAMPLES,
+        wire: torch.dtype | None = None,
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -155,6 +192,7 @@ class Round:
         self._method = method
         self._seed = seed
         self._max_num_examples = max_num_examples
+        self._wire = wire
         self._updates: dict[str, Update] = {}
         self._accepted: list[Accepted] = []
         self._refused: dict[str, Refusal] = {}
@@ -205,7 +243,11 @@ class Round:
         else:
             try:
                 model, merge = self._model.merged(
-                    self._method, tuple(self._updates.values()), seed=self._seed, round_number=self.number
+                    self._method,
+                    tuple(self._updates.values()),
+                    seed=self._seed,
+                    round_number=self.number,
+                    wire=self._wire,
                 )
             except MergeError as error:
                 failure = str(error)

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fl_merge import METHODS, FlMergeError, build, merge
+from fl_merge.flower.simulate import simulate
+from fl_merge.store import load
 
 APP = Path(__file__).resolve().parents[1] / "clients" / "digits"
 LOCAL_EPOCHS = 5
@@ -43,7 +45,7 @@ def run_federation(run_folder: Path, method: str, rounds: int, seed: int, consol
     """Run the Flower app over several rounds, showing each as it happens; the run's files go to `run_folder`.
 
     Args:
-        run_folder: made by the run: journal, report and the merged model.
+        run_folder: where the run leaves its journal and the merged model.
         method: a registered merge method, at its defaults.
         rounds: at least 1; each client makes `LOCAL_EPOCHS` passes over its data in each.
         seed: of splits, training and draws.
@@ -52,7 +54,14 @@ def run_federation(run_folder: Path, method: str, rounds: int, seed: int, consol
     Returns:
         The final global model, float32.
     """
-    raise NotImplementedError
+    settings = [
+        f"num-server-rounds={rounds}",
+        f"local-epochs={LOCAL_EPOCHS}",
+        f"seed={seed}",
+        f"merge-method='{method}'",
+    ]
+    simulate(APP, overrides=settings, seed=seed, run_folder=run_folder, console=console)
+    return load(run_folder)
 
 
 # One-shot merges -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Journal(Watcher):
     def round_ended(self, report: RoundReport, model: GlobalModel) -> None:
         self._folder.record("round_ended", report=report)
         if report.merge is not None:
-            self._folder.write_model(model.sent, round=report.round_number)
+            self._folder.write_model(model.tensors(), round=report.round_number)
 
     def clients_evaluated(self, evaluation: Evaluation) -> None:
         self._folder.record("clients_evaluated", evaluation=evaluation)

@@ -36,6 +36,8 @@ Config = Mapping[str, bool | int | float | str]
 SETTINGS: dict[str, bool | int | float | str] = {
     "recipe": "",
     "merge-method": "weighted_average",
+    "parameters": "",
+    "rules": "",
     "initial-model": "",
     "num-server-rounds": 3,
     "fraction-train": 1.0,
@@ -89,7 +91,7 @@ def run(
     settings = {key: _setting(key, config.get(key, default), default) for key, default in SETTINGS.items()}
     recipe = Recipe.from_config(config)
     state = dict(initial(config)) if initial is not None else _initial_model(str(settings["initial-model"]))
-    arrays = to_record(state, str(settings["wire-dtype"]))
+    arrays = to_record(state)
     watchers: list[Watcher] = []
     folder = None
     if settings["run-folder"]:
@@ -111,6 +113,7 @@ def run(
         max_failures=float(settings["max-failures"]),
         node_timeout=float(settings["node-timeout"]),
         seed=int(settings["seed"]),
+        wire_dtype=str(settings["wire-dtype"]) or None,
         tied=tied_names(state),
         watchers=watchers,
     )

@@ -17,6 +17,7 @@ from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError
 from fl_merge.execute import merged_specs
 from fl_merge.flower.records import RecordSource, to_record, to_tensors
+from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.method import build, in_range
@@ -58,6 +59,8 @@ class FedMerge(Strategy):
         max_num_examples: the largest number of examples that is believed.
         node_timeout: seconds to wait for enough nodes to connect.
         seed: of node sampling and of the methods' draws.
+        wire_dtype: send clients the model in this floating dtype ("bfloat16"); by default in the model's own. The
+            server keeps float32 either way.
         tied: names of tensors that are another name's tensor (tied weights) and are merged once with it.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
@@ -84,6 +87,7 @@ class FedMerge(Strategy):
         max_num_examples: float = MAX_NUM_EXAMPLES,
         node_timeout: float = 3600.0,
         seed: int = 0,
+        wire_dtype: str | None = None,
         tied: Mapping[str, str] | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
@@ -113,10 +117,12 @@ class FedMerge(Strategy):
         self.max_num_examples = max_num_examples
         self.node_timeout = node_timeout
         self.seed = seed
+        self.wire_dtype = wire_dtype_of(wire_dtype)
         self.tied = dict(tied or {})
         self.watchers = tuple(watchers)
         self._model: GlobalModel | None = None
-        self._record: ArrayRecord | None = None  # what `_model` was sent as
+        self._record: ArrayRecord | None = None  # `_model` as it is given out
+        self._wire_record: ArrayRecord | None = None  # and as clients are sent it
         self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
         self._merged_rounds = 0
         self._failures: list[str] = []
@@ -199,7 +205,7 @@ class FedMerge(Strategy):
         return evaluated
 
     def _adopt(self, arrays: ArrayRecord) -> None:
-        """Make `arrays` the global model, unless it is the record that the model was sent as."""
+        """Make `arrays` the global model, unless it is the record that the model was given out as."""
         if arrays is self._record:
             return
         if not arrays:
@@ -208,7 +214,9 @@ class FedMerge(Strategy):
         unknown = [name for pair in self.tied.items() for name in pair if name not in tensors]
         if unknown:
             raise RecipeError(f"tied: the model has no tensor '{unknown[0]}'")
-        self._model, self._record = GlobalModel(tensors, tied=self.tied), arrays
+        self._model = GlobalModel.of(tensors, wire=self.wire_dtype, tied=self.tied)
+        self._record = arrays
+        self._wire_record = arrays if self.wire_dtype is None else to_record(self._model.sent)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -228,7 +236,7 @@ class FedMerge(Strategy):
             )
         for watcher in self._watchers():
             watcher.round_started(server_round, tuple(str(node) for node in nodes))
-        return self._messages(server_round, arrays, config, nodes, MessageType.TRAIN)
+        return self._messages(server_round, config, nodes, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -249,6 +257,7 @@ class FedMerge(Strategy):
             max_failures=self.max_failures,
             seed=self.seed,
             max_num_examples=self.max_num_examples,
+            wire=self.wire_dtype,
         )
         contents: dict[str, RecordDict] = {}
         askers = self._asked_by_id()
@@ -262,7 +271,8 @@ class FedMerge(Strategy):
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
-            self._model, self._record = model, to_record(model.sent)
+            self._model, self._record = model, to_record(model.tensors())
+            self._wire_record = self._record if self.wire_dtype is None else to_record(model.sent)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = self._metrics(self.train_metrics_aggr_fn, contents, accepted)
         for watcher in self._watchers():
@@ -304,11 +314,12 @@ class FedMerge(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The messages that ask the sampled nodes to evaluate the global model."""
+        self._adopt(arrays)
         if self.fraction_evaluate == 0.0:
             self._asked = []
             return []
         nodes = self._sample(grid, server_round, "evaluate", self.fraction_evaluate, self.min_evaluate_nodes)
-        return self._messages(server_round, arrays, config, nodes, MessageType.EVALUATE)
+        return self._messages(server_round, config, nodes, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The metrics of the usable replies, averaged; None if there are none."""
@@ -363,12 +374,11 @@ class FedMerge(Strategy):
         logger.info("configure_%s: sampled %d nodes of %d", phase, len(chosen), len(connected))
         return sorted(chosen)
 
-    def _messages(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int], message_type: str
-    ) -> list[Message]:
+    def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         settings = config.copy()
         settings["server-round"] = server_round
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: settings})
+        assert self._wire_record is not None
+        content = RecordDict({self.arrayrecord_key: self._wire_record, self.configrecord_key: settings})
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
         ]

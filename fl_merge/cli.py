@@ -1,0 +1,168 @@
+"""fl-merge: list methods, check recipes, simulate federations.
+
+Wrong input ends with one line that says what to do, and exit code 2; a run that made no model with exit code 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import fl_merge
+from fl_merge.errors import FlMergeError, RecipeError, UpdateError
+from fl_merge.method import METHODS, MethodEntry, describe, find
+from fl_merge.recipe import Recipe
+from fl_merge.store import SafetensorsSource
+
+app = typer.Typer(
+    help="Federated learning in which model merging is the aggregation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+) -> None:
+    if show:
+        out.print(fl_merge.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="A method, for all about it; module:function for your own.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the list as a Markdown table.")] = False,
+) -> None:
+    """List the merge methods, or explain one."""
+    if name is not None:
+        _explain(find(name))
+        return
+    if markdown:
+        sys.stdout.write(methods_table())
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("method", "settings", "what it does"):
+        table.add_column(heading, no_wrap=heading == "method")
+    for entry in METHODS.values():
+        settings = ", ".join(f"{key}={parameter.default!r}" for key, parameter in entry.parameters.items())
+        table.add_row(entry.name, escape(settings), escape(entry.summary))
+    out.print(table)
+
+
+def methods_table() -> str:
+    """The methods as a Markdown table: the README's."""
+    lines = ["| method | what it does | settings | paper |", "|---|---|---|---|"]
+    for entry in METHODS.values():
+        settings = ", ".join(f"`{key}={parameter.default!r}`" for key, parameter in entry.parameters.items())
+        lines.append(f"| `{entry.name}` | {entry.summary} | {settings} | {entry.paper} |")
+    return "\n".join(lines) + "\n"
+
+
+def _explain(entry: MethodEntry) -> None:
+    out.print(f"[bold]{entry.name}[/bold]\n", highlight=False)
+    out.print(escape(entry.description), highlight=False)
+    out.print(f"\nPaper: {escape(entry.paper)}", highlight=False)
+    if not entry.parameters:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("parameter", "default", "allowed"):
+        table.add_column(heading)
+    for key, parameter in entry.parameters.items():
+        default = "required" if parameter.default is inspect.Parameter.empty else repr(parameter.default)
+        table.add_row(key, default, escape(describe(parameter.annotation)))
+    out.print()
+    out.print(table)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The base model (a safetensors file or folder): check the rules against it too.")
+    ] = None,
+) -> None:
+    """Check a recipe, against a base model if one is given, before anything runs."""
+    method = Recipe.load(recipe).build(SafetensorsSource(base).specs() if base is not None else None)
+    out.print(f"{escape(str(method))}", highlight=False)
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="The folder of a Flower app.")],
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", "-n", min=1, help="Clients; by default what the app's pyproject.toml says.")
+    ] = None,
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="key=value of the app's run config; may be repeated.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML for the app's server.")] = None,
+    workers: Annotated[
+        str, typer.Option(help="Worker processes: a number, 0 for none, or auto.", metavar="N|auto")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the clients' random numbers.")] = 0,
+    run_folder: Annotated[
+        Path | None, typer.Option(help="Where journal and model go.", show_default="runs/<time>-<app>")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's log too.")] = False,
+) -> None:
+    """Run a Flower app, unmodified, with all its clients on this machine: no network, no Ray.
+
+    The result does not depend on the number of worker processes.
+    """
+    from fl_merge.flower.simulate import simulate as run
+
+    if workers != "auto" and not workers.isdigit():
+        raise RecipeError(f"--workers: found '{workers}', wanted a number of processes or auto")
+    result = run(
+        folder,
+        nodes=nodes,
+        overrides=run_config or [],
+        recipe=recipe,
+        workers="auto" if workers == "auto" else int(workers),
+        seed=seed,
+        run_folder=run_folder,
+        verbose=verbose,
+        console=out,
+    )
+    errors = f", {result.errors} of them errors" if result.errors else ""
+    out.print(f"{result.messages} replies{errors} in {result.seconds:.1f} s", highlight=False)
+    if result.run_folder is not None:
+        out.print(f"journal and model: {result.run_folder}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The command `fl-merge`."""
+    try:
+        app()
+    except (RecipeError, UpdateError) as error:
+        _complain(error)
+        sys.exit(2)
+    except FlMergeError as error:
+        _complain(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped")
+        sys.exit(130)
+
+
+def _complain(error: Exception) -> None:
+    err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A federation's progress on a terminal: a bar while clients work, a line a round, the reasons of every refusal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fl_merge.flower.inprocess import Replied, Sent
+from fl_merge.flower.watch import Evaluation, Watcher
+from fl_merge.rounds import GlobalModel, Refusal, RoundReport
+from fl_merge.types import MergeMethod
+
+
+class Live(Watcher):
+    """Shows a run as it happens. Use it as a context manager; give `on_message` to the engine too for a live bar.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} clients"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("waiting for nodes", total=None, visible=False)
+        self._rounds = 0
+        self._phase: tuple[str, str] | None = None
+        self._sent = self._answered = 0
+        self._bytes = {"train": 0, "evaluate": 0}
+        self._downlink = 0
+        self._round_started = time.perf_counter()
+        self.messages = 0
+        self.errors = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_message(self, event: Sent | Replied) -> None:
+        """Count a message on its way to a client, or back."""
+        kind = event.message_type.partition(".")[0]
+        if isinstance(event, Sent):
+            if (kind, event.group_id) != self._phase or self._answered >= self._sent > 0:
+                self._phase, self._sent, self._answered = (kind, event.group_id), 0, 0
+            self._sent += 1
+            self._downlink += event.num_bytes
+        else:
+            self._answered += 1
+            self.messages += 1
+            self.errors += not event.ok
+            self._bytes[kind] = self._bytes.get(kind, 0) + event.num_bytes
+        where = f"round {event.group_id}/{self._rounds} " if event.group_id and self._rounds else ""
+        self._progress.update(
+            self._task, description=f"{where}{kind}", total=self._sent, completed=self._answered, visible=True
+        )
+
+    def run_started(self, num_rounds: int, method: MergeMethod) -> None:
+        self._rounds = num_rounds
+        self._console.print(f"merging with {escape(str(method))}, {num_rounds} rounds", highlight=False)
+
+    def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
+        self._round_started = time.perf_counter()
+        self._bytes = {"train": 0, "evaluate": 0}
+        self._downlink = 0
+
+    def replied(self, round_number: int, client_id: str, refusal: Refusal | None, seconds: float) -> None:
+        if refusal is not None:
+            self._console.print(f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False)
+
+    def round_ended(self, report: RoundReport, model: GlobalModel) -> None:
+        for refusal in report.refused:
+            if refusal.reason.startswith("no reply"):
+                self._console.print(f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False)
+        head = f"round {report.round_number}/{self._rounds}" if self._rounds else f"round {report.round_number}"
+        if report.merge is None:
+            self._console.print(f"{head}  [red]failed[/red], the old model stands: {escape(report.failure or '')}")
+            return
+        refused = f", {len(report.refused)} refused" if report.refused else ""
+        uplink = self._bytes["train"] or sum(entry.num_bytes for entry in report.accepted)
+        self._console.print(
+            f"{head}  {len(report.accepted)} of {len(report.sampled)} merged{refused}  "
+            f"{time.perf_counter() - self._round_started:.1f} s (merge {report.merge.seconds:.3f} s)  "
+            f"up {megabytes(uplink)}, down {megabytes(self._downlink)}",
+            highlight=False,
+        )
+
+    def clients_evaluated(self, evaluation: Evaluation) -> None:
+        text = _metrics(evaluation.metrics)
+        if text:
+            self._console.print(f"  clients: {text}", highlight=False)
+        for refusal in evaluation.refused:
+            self._console.print(f"  [yellow]no evaluation[/yellow] {escape(str(refusal))}", highlight=False)
+
+    def server_evaluated(self, round_number: int, metrics: Mapping[str, Any]) -> None:
+        parts = {key: value for key, value in metrics.items() if "/" in key}
+        whole = {key: value for key, value in metrics.items() if "/" not in key}
+        head = "initial model" if round_number == 0 else "  server"
+        self._console.print(f"{head}: {_metrics(whole)}", highlight=False)
+        if parts:
+            short = {key.rpartition("/")[2]: value for key, value in parts.items()}
+            self._console.print(f"    [dim]{_metrics(short)}[/dim]", highlight=False)
+
+
+def megabytes(num_bytes: float) -> str:
+    """A number of bytes as MB, or as kB below a tenth of one."""
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in metrics.items() if isinstance(value, int | float) and key != "partition-id"}
+    return "  ".join(f"{key} {value:.3f}" for key, value in shown.items())

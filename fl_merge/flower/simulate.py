@@ -1,0 +1,134 @@
+"""Run a Flower app on this machine with its progress on the terminal and its results in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from fl_merge.errors import RecipeError
+from fl_merge.flower.apps import LoadedApp, load_app, run_app
+from fl_merge.flower.inprocess import Workers
+from fl_merge.flower.journal import Journal
+from fl_merge.flower.live import Live
+from fl_merge.flower.watch import watching
+from fl_merge.recipe import Recipe
+from fl_merge.runs.folder import RunFolder
+
+DEFAULT_NODES = 2
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulation leaves.
+
+    Args:
+        run_folder: journal, recipe and model; None if the app does not merge with FedMerge.
+        seconds: of wall time, from the first message on.
+        messages, errors: replies of clients, and how many of them were errors.
+    """
+
+    run_folder: Path | None
+    seconds: float
+    messages: int
+    errors: int
+
+
+def simulate(
+    folder: str | Path,
+    *,
+    nodes: int | None = None,
+    overrides: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    workers: Workers = "auto",
+    seed: int = 0,
+    run_folder: str | Path | None = None,
+    verbose: bool = False,
+    console: Console | None = None,
+) -> Simulated:
+    """Run the Flower app in `folder` with all its nodes in this process and its workers.
+
+    Args:
+        folder: of an unmodified Flower app.
+        nodes: how many clients; by default `nodes` of `[tool.fl-merge]` in its pyproject.toml, else 2.
+        overrides: of the run config, `key=value`.
+        recipe: a file that the app's run config key `recipe` is set to.
+        workers: 0 for everything in this process, a number of worker processes, or "auto".
+        seed: of the clients' random numbers.
+        run_folder: where an app that uses FedMerge leaves its journal and model; runs/<time>-<app> by default.
+        verbose: show Flower's own log too.
+        console: where the progress goes.
+
+    Raises:
+        RecipeError: for wrong settings, before any client runs.
+        RunFailedError: if no round made a model.
+    """
+    console = console or Console(stderr=True)
+    app = load_app(folder, overrides)
+    config: dict[str, bool | int | float | str] = {}
+    if recipe is not None:
+        Recipe.load(recipe)
+        if "recipe" not in app.run_config:
+            raise RecipeError(
+                f"app '{app.name}' has no key 'recipe' in its run config, so it cannot take a recipe file"
+            )
+        config["recipe"] = str(Path(recipe).resolve())
+    count = nodes if nodes is not None else _nodes(app)
+    path = Path(run_folder) if run_folder is not None else _free_folder(app.name)
+    journal = _LazyJournal(path)
+    console.print(f"[bold]{app.name}[/bold]: {count} clients in this process", highlight=False)
+    started = time.perf_counter()
+    with _flower_log(verbose), Live(console) as live, watching(live, journal):
+        run_app(app, nodes=count, workers=workers, seed=seed, run_config=config, on_message=live.on_message)
+    return Simulated(journal.path_written, time.perf_counter() - started, live.messages, live.errors)
+
+
+class _LazyJournal(Journal):
+    """Makes the run folder when a FedMerge starts in it; an app with another strategy gets none."""
+
+    def __init__(self, path: Path) -> None:
+        if (path / "journal.jsonl").exists():
+            raise RecipeError(f"run folder '{path}' already holds a run; give another one")
+        self._path = path
+        self.path_written: Path | None = None
+
+    def run_started(self, num_rounds: int, method: object) -> None:
+        self._folder = RunFolder(self._path)
+        self.path_written = self._path
+        super().run_started(num_rounds, method)  # type: ignore[arg-type]
+
+
+def _nodes(app: LoadedApp) -> int:
+    assert app.folder is not None
+    project = tomllib.loads((app.folder / "pyproject.toml").read_text(encoding="utf-8"))
+    nodes = project.get("tool", {}).get("fl-merge", {}).get("nodes", DEFAULT_NODES)
+    if not isinstance(nodes, int):
+        raise RecipeError(
+            f"'{app.folder}/pyproject.toml', [tool.fl-merge] nodes: found {nodes!r}, wanted a whole number"
+        )
+    return nodes
+
+
+def _free_folder(name: str) -> Path:
+    stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+    candidates = [stem, *(stem.with_name(f"{stem.name}-{number}") for number in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+@contextlib.contextmanager
+def _flower_log(verbose: bool) -> Iterator[None]:
+    """Flower's log at the level of warnings; FedMerge's own warnings come through `Live`."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(level if verbose else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
