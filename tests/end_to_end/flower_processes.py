@@ -234,7 +234,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def processes_of(home: Path) -> dict[int, str]:
-    """The running processes (id: command) whose environment names this FLWR_HOME; Linux only, elsewhere none is found."""
+    """The running processes whose environment names this FLWR_HOME: id and command. Without /proc none is found."""
     mark = f"FLWR_HOME={home}".encode()
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):

@@ -11,6 +11,8 @@ from apps import FEDMERGE, QUICKSTART, quickstart
 from flower_processes import FlowerHome, Run, SuperLink
 from torch import Tensor
 
+from fl_merge.flower.apps import load_app, run_app
+
 pytestmark = pytest.mark.end_to_end
 
 NODES = 2
@@ -24,11 +26,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_process(app: Path) -> Model:
-    from fl_merge.flower.apps import load_app
-    from fl_merge.flower.inprocess import run_app
-
     final = app.parent / "in_process.pt"
-    run_app(load_app(app, {"final-model": str(final)}), nodes=NODES, workers=0)
+    run_app(load_app(app), nodes=NODES, workers=0, run_config={"final-model": str(final)})
     return torch.load(final)
 
 
