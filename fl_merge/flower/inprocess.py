@@ -357,34 +357,44 @@ class InProcessGrid(Grid):
     # Who works on it: the calling thread
 
     def _advance(self, wanted: set[str], until: float | None) -> None:
-        """Bring the replies to `wanted` nearer: run one message here, or wait a while for those who run them."""
+        """Bring the replies to `wanted` nearer: run messages here, or wait a while for those who run them."""
         self._start_workers_if_worth_it()
         seconds = 1.0 if until is None else min(1.0, max(0.0, until - time.monotonic()))
-        fed = self._handed_over and self._num_feeding > 0
-        if not fed and self._here.acquire(timeout=seconds):
+        if not self._fed and self._here.acquire(timeout=seconds):
+            ran = False
             try:
-                with self._changed:
-                    ready = not wanted.isdisjoint(self._replies)
-                    task = None if ready else self._begin_next()
-                if task is not None:
-                    self._run_here(task)
-                if task is not None or ready:
-                    return
+                with server_state_kept():
+                    while (task := self._next_here(wanted, until)) is not None:
+                        self._run_here(task)
+                        self._start_workers_if_worth_it()
+                        ran = True
             finally:
                 self._here.release()
+            if ran:
+                return
         with self._changed:
             if wanted.isdisjoint(self._replies) and (self._queue or self._busy) and not self._closed:
                 self._changed.wait(seconds)
+
+    @property
+    def _fed(self) -> bool:
+        """Whether worker processes run the messages; this thread then does not."""
+        return self._handed_over and self._num_feeding > 0
+
+    def _next_here(self, wanted: set[str], until: float | None) -> _Task | None:
+        late = until is not None and time.monotonic() >= until
+        with self._changed:
+            done = late or self._fed or self._closed or wanted <= self._replies.keys()
+            return None if done else self._begin_next()
 
     def _run_here(self, task: _Task) -> None:
         if self._load_problem:  # and no worker is left
             self._fail(task, ErrorCode.LOAD_CLIENT_APP_EXCEPTION, self._load_problem)
             return
         try:
-            with server_state_kept():
-                context = copy_context(self._contexts[task.node_id])
-                # The content is a snapshot already, and nobody needs it afterwards.
-                outcome = run_message(self._app, shallow_copy_message(task.message), context, task.seed)
+            context = copy_context(self._contexts[task.node_id])
+            # The content is a snapshot already, and nobody needs it afterwards.
+            outcome = run_message(self._app, shallow_copy_message(task.message), context, task.seed)
         except BaseException:  # Ctrl-C
             with self._changed:
                 del self._busy[task.node_id]

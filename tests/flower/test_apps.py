@@ -153,6 +153,7 @@ def test_load_app():
     assert (app.name, app.folder, app.client_app_ref) == ("toy", TOY.resolve(), "toy.client_app:app")
     assert app.run_config == {
         "num-server-rounds": 2,
+        "min-nodes": 2,
         "fraction-evaluate": 1.0,
         "learning-rate": 0.1,
         "local-steps": 5,
@@ -182,7 +183,7 @@ def test_two_apps_whose_packages_have_the_same_name(toy):
     ("overrides", "text"),
     [
         (["local-stps=3"], "run config 'local-stps': the app's config has no such key; did you mean 'local-steps'?"),
-        (["zzz=3"], "it has: fraction-evaluate, learning-rate, local-steps, num-server-rounds"),
+        (["zzz=3"], "it has: fraction-evaluate, learning-rate, local-steps, min-nodes, num-server-rounds"),
         (["local-steps"], "run config 'local-steps': no value, key=value is wanted"),
         (["local-steps=many"], "run config local-steps=many: key=value as in TOML"),
         (["nowhere.toml"], "nowhere.toml"),

@@ -13,7 +13,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Main entry point for the ServerApp."""
     arrays = ArrayRecord({name: Array(values) for name, values in new_model().items()})
-    strategy = FedAvg(fraction_evaluate=context.run_config["fraction-evaluate"])
+    strategy = FedAvg(
+        fraction_evaluate=context.run_config["fraction-evaluate"],
+        min_train_nodes=context.run_config["min-nodes"],
+        min_evaluate_nodes=context.run_config["min-nodes"],
+        min_available_nodes=context.run_config["min-nodes"],
+    )
     result = strategy.start(
         grid=grid,
         initial_arrays=arrays,
