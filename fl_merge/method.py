@@ -9,6 +9,7 @@ import importlib
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,8 +65,8 @@ def in_range(
         RecipeError: naming the parameter, its value and what was wanted.
     """
     allowed = Range(low, high, open_low)
-    if not math.isfinite(value) or value not in allowed:
-        raise RecipeError(f"parameter '{name}': found {value!r}, wanted {allowed}")
+    if not _is_number(value) or value not in allowed:
+        raise RecipeError(f"parameter '{name}': found {value!r}, wanted a number {allowed}")
 
 
 @dataclass(frozen=True)
@@ -328,6 +329,11 @@ def describe(annotation: Any) -> str:
     return names.get(annotation, re.sub(r"^.*\.", "", str(annotation)))
 
 
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that float64 has: no bool, no text, not NaN, not infinite, not 10**400."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _accept(where: str, value: Any, annotation: Any) -> Any:
     """The value in the annotated type, or a RecipeError that says what was wanted."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -362,7 +368,7 @@ def _accept(where: str, value: Any, annotation: Any) -> Any:
             }
         )
     if annotation is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise wrong
         return float(value)
     if annotation is int and isinstance(value, bool):
