@@ -10,6 +10,8 @@ Suffixes: N clients, S elements, K numbers of a survey.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -85,7 +87,11 @@ class Span:
         coefficients_N = tuple(float(c) for c in self.coefficients(spec, gram_NN))
         if len(coefficients_N) != len(spec.client_ids):
             raise ValueError(f"{len(coefficients_N)} coefficients for {len(spec.client_ids)} clients")
-        return WeightedSum(1.0 if self.on == "deltas" else sum(coefficients_N), coefficients_N)
+        if self.on == "deltas":
+            return WeightedSum(1.0, coefficients_N)
+        # Where they sum to 1 but for rounding it is 1, or float64 tensors that nobody moved would change in a last bit.
+        total, rounding = math.fsum(coefficients_N), len(coefficients_N) * sys.float_info.epsilon
+        return WeightedSum(1.0 if abs(total - 1.0) <= rounding else total, coefficients_N)
 
 
 @dataclass(frozen=True)
