@@ -74,7 +74,7 @@ class Live(Watcher):
 
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
         self._rounds = num_rounds
-        self._console.print(f"merging with {escape(str(method))}, {num_rounds} rounds", highlight=False)
+        self._console.print(f"merging with {escape(str(method))}, {num_rounds} rounds", highlight=False, soft_wrap=True)
 
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._round_started = time.perf_counter()
@@ -83,15 +83,19 @@ class Live(Watcher):
 
     def replied(self, round_number: int, client_id: str, refusal: Refusal | None, seconds: float) -> None:
         if refusal is not None:
-            self._console.print(f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False)
+            self._console.print(f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False, soft_wrap=True)
 
     def round_ended(self, report: RoundReport, model: GlobalModel) -> None:
         for refusal in report.refused:
             if refusal.reason.startswith("no reply"):
-                self._console.print(f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False)
+                self._console.print(
+                    f"  [yellow]refused[/yellow] {escape(str(refusal))}", highlight=False, soft_wrap=True
+                )
         head = f"round {report.round_number}/{self._rounds}" if self._rounds else f"round {report.round_number}"
         if report.merge is None:
-            self._console.print(f"{head}  [red]failed[/red], the old model stands: {escape(report.failure or '')}")
+            self._console.print(
+                f"{head}  [red]failed[/red], the old model stands: {escape(report.failure or '')}", soft_wrap=True
+            )
             return
         refused = f", {len(report.refused)} refused" if report.refused else ""
         uplink = self._bytes["train"] or sum(entry.num_bytes for entry in report.accepted)
@@ -105,18 +109,20 @@ class Live(Watcher):
     def clients_evaluated(self, evaluation: Evaluation) -> None:
         text = _metrics(evaluation.metrics)
         if text:
-            self._console.print(f"  clients: {text}", highlight=False)
+            self._console.print(f"  clients: {text}", highlight=False, soft_wrap=True)
         for refusal in evaluation.refused:
-            self._console.print(f"  [yellow]no evaluation[/yellow] {escape(str(refusal))}", highlight=False)
+            self._console.print(
+                f"  [yellow]no evaluation[/yellow] {escape(str(refusal))}", highlight=False, soft_wrap=True
+            )
 
     def server_evaluated(self, round_number: int, metrics: Mapping[str, Any]) -> None:
         parts = {key: value for key, value in metrics.items() if "/" in key}
         whole = {key: value for key, value in metrics.items() if "/" not in key}
         head = "initial model" if round_number == 0 else "  server"
-        self._console.print(f"{head}: {_metrics(whole)}", highlight=False)
+        self._console.print(f"{head}: {_metrics(whole)}", highlight=False, soft_wrap=True)
         if parts:
             short = {key.rpartition("/")[2]: value for key, value in parts.items()}
-            self._console.print(f"    [dim]{_metrics(short)}[/dim]", highlight=False)
+            self._console.print(f"    [dim]{_metrics(short)}[/dim]", highlight=False, soft_wrap=True)
 
 
 def megabytes(num_bytes: float) -> str:

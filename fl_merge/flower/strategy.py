@@ -229,10 +229,12 @@ class FedMerge(Strategy):
             self._asked = []
             return []
         nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
-        if quorum(len(nodes), self.min_replies, self.max_failures) > len(nodes):
+        needed = quorum(len(nodes), self.min_replies, self.max_failures)
+        if needed > len(nodes):
+            sampled = "1 node is" if len(nodes) == 1 else f"{len(nodes)} nodes are"
             raise RecipeError(
-                f"{len(nodes)} node is sampled and a round needs {self.min_replies or 2} usable replies; "
-                f"pass min_replies={len(nodes)} if one client's model is what you want"
+                f"{sampled} sampled and a round needs {needed} usable replies (min_replies): no round could succeed; "
+                "sample more nodes or lower min_replies"
             )
         for watcher in self._watchers():
             watcher.round_started(server_round, tuple(str(node) for node in nodes))
