@@ -47,7 +47,7 @@ def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> floa
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise WeightError(f"number of examples is {value!r}, wanted one number")
-    if not math.isfinite(value) or not 0 < value <= maximum:
+    if not 0 < value <= maximum or not math.isfinite(value):
         raise WeightError(f"number of examples is {value!r}, wanted a number > 0 and <= {maximum:g}")
     return float(value)
 
@@ -73,19 +73,21 @@ def check_specs(found: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec])
 
 
 def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype) -> None:
-    """Every element is finite, also once converted to the dtype in which it is merged.
+    """Every element is finite, also in the base's dtype: 70000 has no place in a float16 model.
 
     Raises:
-        NonFiniteError: with how many elements are not and the place of the first.
+        NonFiniteError: with the first element that is not, and its place.
     """
     if not tensor.dtype.is_floating_point:
         return
     flat_S = tensor.reshape(-1)
     for start in range(0, flat_S.numel(), _PIECE):
-        finite_S = torch.isfinite(flat_S[start : start + _PIECE].to(compute_dtype(base_dtype)))
+        finite_S = torch.isfinite(flat_S[start : start + _PIECE].to(base_dtype).to(compute_dtype(base_dtype)))
         if not finite_S.all():
             first = start + int(torch.nonzero(~finite_S)[0])
-            raise NonFiniteError(f"element {first} is {float(flat_S[first])}, wanted finite numbers", tensor=name)
+            value = float(flat_S[first])
+            wanted = f"numbers that {_short(base_dtype)} has" if math.isfinite(value) else "finite numbers"
+            raise NonFiniteError(f"element {first} is {value}, wanted {wanted}", tensor=name)
 
 
 def _short(dtype: torch.dtype) -> str:
