@@ -116,7 +116,8 @@ class SafetensorsSource:
     def __init__(self, path: str | Path) -> None:
         self._files: list[Any] = []
         self._where: dict[str, Any] = {}
-        for file in _model_files(Path(path)):
+        files, index = _model_files(Path(path))
+        for file in files:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -126,6 +127,9 @@ class SafetensorsSource:
                 if name in self._where:
                     raise DecodeError(f"'{file}': tensor '{name}' stands in two files of this model")
                 self._where[name] = handle
+        for name, shard in index.items():
+            if name not in self._where:
+                raise DecodeError(f"'{path}': tensor '{name}' is not in '{shard}', where the index has it")
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """Names, shapes and dtypes, from the headers alone."""
@@ -153,7 +157,8 @@ def _names(handle: Any) -> list[str]:
     return list(handle.keys())
 
 
-def _model_files(path: Path) -> list[Path]:
+def _model_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files of a model, and which tensors its index promises in which of them."""
     if path.is_dir():
         if (path / INDEX_FILE).is_file():
             path = path / INDEX_FILE
@@ -164,15 +169,16 @@ def _model_files(path: Path) -> list[Path]:
     if not path.is_file():
         raise RecipeError(f"no such model: '{path}' (wanted a .safetensors file, or a folder with one)")
     if path.suffix != ".json":
-        return [path]
+        return [path], {}
     try:
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        weight_map = {str(name): str(shard) for name, shard in json.loads(path.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DecodeError(f"'{path}' is not an index of safetensors shards: {error!r}") from error
+    shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     if missing:
         raise RecipeError(f"'{path}' names shard '{missing[0]}', which is not there")
-    return [path.parent / shard for shard in shards]
+    return [path.parent / shard for shard in shards], weight_map
 
 
 class SafetensorsSink:
@@ -195,7 +201,13 @@ class SafetensorsSink:
 
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
         """Make the files at their full size, under temporary names."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        for name, spec in specs.items():
+            if spec.dtype not in SAFETENSORS_DTYPES:
+                raise MergeError(f"tensor '{name}': a safetensors file has no dtype for {spec}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MergeError(f"cannot make the folder '{self._folder}': {error.strerror}") from error
         groups = _shard_groups(specs, self._max_shard_bytes)
         for number, names in enumerate(groups, start=1):
             final = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
