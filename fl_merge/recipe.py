@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class Recipe:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"recipe '{path}': {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise RecipeError(f"recipe '{path}': not a text file in UTF-8") from None
         try:
             content = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
@@ -131,6 +134,11 @@ class Recipe:
             return cls.load(str(config["recipe"]))
         if "merge_method" in config:
             raise RecipeError("run config: unknown key 'merge_method'; did you mean 'merge-method'?")
+        for key in config:
+            table, dot, _ = key.partition(".")
+            close = difflib.get_close_matches(table, ("parameters", "rules"), n=1, cutoff=0.85)
+            if dot and close and table not in ("parameters", "rules"):
+                raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}{key[len(table) :]}'?")
         try:
             parameters = _table("parameters", config)
             rules = _table("rules", config)
@@ -157,7 +165,7 @@ class Recipe:
                 | ({"parameters": _plain(rule.parameters)} if rule.parameters else {})
                 for rule in self.rules
             ]
-        return yaml.safe_dump(content, sort_keys=False)
+        return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -171,11 +179,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: the text '1e5' in quotes."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, Any]:
@@ -222,7 +235,10 @@ def _rule(number: int, content: object) -> Rule:
     keys = _mapping(where, content, _RULE_KEYS)
     if not isinstance(keys.get("match"), str):
         raise RecipeError(f"{where}: match: found {keys.get('match')!r}, wanted a glob on tensor names")
-    return Rule(keys["match"], _text("merge_method", keys), _parameters("parameters", keys))
+    try:
+        return Rule(keys["match"], _text("merge_method", keys), _parameters("parameters", keys))
+    except RecipeError as error:
+        raise RecipeError(f"{where} ('{keys['match']}'): {error}") from None
 
 
 def _plain(value: Any) -> Any:
