@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
 
 from torch import Tensor
 
@@ -65,4 +66,7 @@ def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float
     given = dict(weights) if isinstance(weights, Mapping) else dict(zip(client_ids, weights, strict=False))
     if len(weights) != len(client_ids) or set(given) != set(client_ids):
         raise RecipeError(f"weights: found {len(weights)} ({list(given)}), wanted one for each of {client_ids}")
+    for client_id, weight in given.items():
+        if not isinstance(weight, SupportsFloat) or not 0 < float(weight) < math.inf:
+            raise RecipeError(f"weights: client '{client_id}': found {weight!r}, wanted a number > 0")
     return {client_id: float(weight) for client_id, weight in given.items()}
