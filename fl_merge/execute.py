@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -148,6 +149,7 @@ class _Run:
         self.slice_elements = slice_elements
         self.device = device
         self.weights_N = torch.tensor(spec.weights_N, dtype=torch.float64)
+        self._counting = threading.Lock()
         self._model_surveys: dict[tuple[int, Scope], Tensor] = {}
         self._model_sums: dict[tuple[int, Scope], WeightedSum] = {}
 
@@ -181,13 +183,19 @@ class _Run:
             prepared = _Lazy(lambda: self.prepare(output, map))
             return [pool.submit(whole)]
         function = self.prepare(output, pool.map)
+        pieces = self.slices(output)
+        unfinished = len(pieces)
 
         def one_slice(start: int, stop: int) -> None:
+            nonlocal unfinished
             write(start, function(start, stop))
+            with self._counting:
+                unfinished -= 1
+                last = unfinished == 0
+            if last:
+                done()
 
-        jobs = [pool.submit(one_slice, start, stop) for start, stop in self.slices(output)]
-        jobs[-1].add_done_callback(lambda _: done())
-        return jobs
+        return [pool.submit(one_slice, start, stop) for start, stop in pieces]
 
     def slices(self, output: Output) -> list[tuple[int, int]]:
         """The first and last-plus-one element of each slice; one empty slice for an empty tensor."""
@@ -254,7 +262,7 @@ class _Run:
             )
 
         def at(start: int, stop: int, tally: int = 0) -> Slice:
-            return Slice(output.name, start, stop, scope_start + start, self.spec, survey_NK, tally)
+            return Slice(output.name, start, stop, scope_start + start, self.spec, survey_NK, tally, self.device)
 
         tally = 0
         if (count := compute.tally) is not None:
@@ -280,10 +288,11 @@ class _Run:
             compute = members[0].compute
             by_name = {output.name: _Inputs(self, output) for output in members}
             if isinstance(compute, Coordinate) and compute.survey is not None:
+                widest = max((compute_dtype(output.spec.dtype) for output in members), key=lambda dtype: dtype.itemsize)
                 surveys = []
                 for client in range(len(self.spec.client_ids)):
                     whole = [by_name[name].delta(client, 0, self.spec.tensors[name].numel) for name in scope.names]
-                    surveys.append(compute.survey(torch.cat([delta_S.to(whole[0].dtype) for delta_S in whole])))
+                    surveys.append(compute.survey(torch.cat([delta_S.to(widest) for delta_S in whole])))
                 self._model_surveys[key, scope] = torch.stack(surveys)
             elif isinstance(compute, Span):
                 pieces = [
@@ -364,8 +373,8 @@ def _partials(compute: Span, inputs: _Inputs, start: int, stop: int) -> Tensor:
 
 def _cast(name: str, values_S: Tensor, dtype: torch.dtype) -> Tensor:
     cast_S = values_S.to("cpu", dtype)
-    if dtype.is_floating_point and not torch.isfinite(cast_S).all():
-        largest = float(values_S.double().nan_to_num(nan=math.inf).abs().max())
+    if dtype.is_floating_point and not torch.isfinite(cast_S.to(compute_dtype(dtype))).all():
+        largest = float(values_S.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf).abs().max())
         raise MergeError(
             f"tensor '{name}': a merged value of magnitude {largest:g} does not fit "
             f"{str(dtype).removeprefix('torch.')}; lower the method's scale"
@@ -384,12 +393,19 @@ def _finish_all(jobs: list[Future[None]]) -> None:
         raise
 
 
-def merged_specs(method: MergeMethod, base: Mapping[str, TensorSpec], clients: int = 2) -> dict[str, TensorSpec]:
+def merged_specs(method: MergeMethod, base: Mapping[str, TensorSpec], clients: int = 2) -> dict[str, TensorSpec] | None:
     """The tensors that merging would give, planned on a cohort of that many clients: the check before a first round.
+
+    Returns:
+        Names, shapes and dtypes; None if the method refuses clients that are made up (it names real ones, say, or
+        needs more), which only a round can tell.
 
     Raises:
         RecipeError: if the method does not fit these tensors.
     """
     ids = tuple(str(client) for client in range(clients))
     spec = CohortSpec(base, ids, (1.0 / clients,) * clients)
-    return {output.name: output.spec for output in method.plan(spec)}
+    try:
+        return {output.name: output.spec for output in method.plan(spec)}
+    except MergeError:
+        return None

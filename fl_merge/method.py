@@ -342,7 +342,10 @@ def _accept(where: str, value: Any, annotation: Any) -> Any:
         return value
     if origin is Annotated:
         ranges = [note for note in arguments[1:] if isinstance(note, Range)]
-        accepted = _accept(where, value, arguments[0])
+        try:
+            accepted = _accept(where, value, arguments[0])
+        except RecipeError:
+            raise wrong from None
         if isinstance(accepted, int | float) and not all(accepted in allowed for allowed in ranges):
             raise wrong
         return accepted

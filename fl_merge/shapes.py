@@ -36,6 +36,7 @@ class Slice:
         spec: the cohort.
         survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
         tally: the sum of the method's `tally` over the whole tensor; 0 where there is none.
+        device: where the deltas are.
     """
 
     tensor: str
@@ -45,10 +46,11 @@ class Slice:
     spec: CohortSpec
     survey_NK: Tensor
     tally: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot be changed)
 
     def index_S(self) -> Tensor:
         """(S,) int64: the place of each element within the survey's scope."""
-        return torch.arange(self.scope_start, self.scope_start + self.stop - self.start)
+        return torch.arange(self.scope_start, self.scope_start + self.stop - self.start, device=self.device)
 
     def uniform_NS(self) -> Tensor:
         """(N, S) float64: one draw from [0, 1) an element and client, the same whatever the slicing or the cohort.
@@ -57,7 +59,7 @@ class Slice:
         """
         spec = self.spec
         keys = [stream_key(spec.seed, spec.round, client_id, self.tensor) for client_id in spec.client_ids]
-        return torch.stack([uniform(key, self.start, self.stop) for key in keys])
+        return torch.stack([uniform(key, self.start, self.stop) for key in keys]).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class LegacyFedMerge(Strategy):
         names = self._names(len(parameters.tensors))
         model = GlobalModel.of(to_tensors(_record(names, parameters)))
         planned = merged_specs(self.method, model.specs(), clients=max(2, self._fedavg.min_fit_clients))
-        if planned.keys() != set(names):
+        if planned is not None and planned.keys() != set(names):
             raise RecipeError(f"{self.method} changes the names of tensors, which the older API does not carry")
         self._model, self._parameters = model, parameters
 

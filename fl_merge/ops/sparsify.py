@@ -34,9 +34,14 @@ def keep_largest(delta_S: Tensor, index_S: Tensor, threshold: float, last: int) 
     Args:
         delta_S: (S,), any slice of what the cut was found on.
         index_S: (S,), int64: the place of each element there.
-        threshold, last: the cut.
+        threshold, last: the cut. The threshold may be a float64 that the delta's own dtype does not have.
     """
     magnitude_S = delta_S.abs()
+    rounded = float(torch.tensor(threshold, dtype=delta_S.dtype))
+    if rounded > threshold:
+        return delta_S * (magnitude_S >= rounded)
+    if rounded < threshold:
+        return delta_S * (magnitude_S > rounded)
     kept_S = (magnitude_S > threshold) | ((magnitude_S == threshold) & (index_S <= last))
     return delta_S * kept_S
 
