@@ -7,6 +7,7 @@ about a tenth of each round's merged delta to rounding.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class GlobalModel:
             dtype = wire if wire is not None and tensor.is_floating_point() else dtypes[name]
             sent[name] = tensor.to(dtype)
             if tensor.is_floating_point() and dtype != tensor.dtype:
-                if not torch.isfinite(sent[name]).all():
+                if not torch.isfinite(sent[name].to(compute_dtype(tensor.dtype))).all():
                     raise MergeError(f"tensor '{name}': the model does not fit {str(dtype).removeprefix('torch.')}")
                 kept = compute_dtype(tensor.dtype)
                 rest[name] = tensor.to(kept) - sent[name].to(kept)
@@ -224,7 +225,9 @@ class Round:
         return None
 
     def refuse(self, client_id: str, reason: str, tensor: str | None = None) -> Refusal:
-        """Record that a client gave no usable update."""
+        """Record that a client gave no usable update; what comes after a usable one is not recorded."""
+        if client_id in self._updates:
+            return Refusal(client_id, "replied twice; the first reply counts")
         refusal = Refusal(client_id, reason, tensor)
         self._refused.setdefault(client_id, refusal)
         return refusal
@@ -285,7 +288,7 @@ def average_metrics(
     for name in dict.fromkeys(name for _, metrics in reports.values() for name in metrics):
         rows = [(weight, metrics[name]) for weight, metrics in reports.values() if name in metrics]
         values = [(weight, value if isinstance(value, list) else [value]) for weight, value in rows]
-        values = [(weight, row) for weight, row in values if all(math.isfinite(item) for item in row)]
+        values = [(weight, row) for weight, row in values if all(abs(item) <= sys.float_info.max for item in row)]
         if not values or len({len(row) for _, row in values}) > 1 or len({isinstance(v, list) for _, v in rows}) > 1:
             continue
         weights = torch.tensor([weight for weight, _ in values], dtype=torch.float64)
