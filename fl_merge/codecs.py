@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,25 +90,34 @@ class Numpy:
 
     def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
         """A view of the bytes; a copy for arrays in Fortran order or of the other endianness."""
-        stream = io.BytesIO(data)
-        try:
-            version = np.lib.format.read_magic(stream)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran_order, dtype = read_header(stream)
-        except Exception as error:  # what hostile bytes make numpy's parser raise is not only ValueError
-            raise DecodeError(f"not a .npy array: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
-        if dtype.newbyteorder("=").name != str(spec.dtype).removeprefix("torch.") or tuple(shape) != spec.shape:
-            raise DecodeError(f"the array inside is {tuple(shape)} {dtype}, announced as {spec}")
-        start = stream.tell()
+        shape, fortran_order, dtype, start = npy_header(data)
+        if dtype.newbyteorder("=").name != str(spec.dtype).removeprefix("torch.") or shape != spec.shape:
+            raise DecodeError(f"the array inside is {shape} {dtype}, announced as {spec}")
         if len(data) - start != spec.nbytes:
             raise DecodeError(f"{len(data) - start} bytes of elements, wanted {spec.nbytes} for {spec}")
         if fortran_order or not dtype.isnative:
             array = np.ndarray(spec.shape, dtype, data, start, order="F" if fortran_order else "C")
             return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C"))
         return _view(data, spec, start)
+
+
+def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """What a .npy file says of itself: shape, whether in Fortran order, dtype, and where its elements begin.
+
+    Raises:
+        DecodeError: if it has no such header.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran_order, dtype = read_header(stream)
+    except Exception as error:  # what hostile bytes make numpy's parser raise is not only ValueError
+        raise DecodeError(f"not a .npy array: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
+    return tuple(shape), fortran_order, dtype, stream.tell()
 
 
 def _view(data: bytes, spec: TensorSpec, start: int) -> Tensor:

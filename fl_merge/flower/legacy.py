@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar
 from flwr.server.client_manager import ClientManager
@@ -17,7 +15,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
-from fl_merge.codecs import Numpy
+from fl_merge.codecs import Numpy, npy_header
 from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError
 from fl_merge.execute import merged_specs
 from fl_merge.flower.records import RecordSource, to_tensors
@@ -231,21 +229,13 @@ def _record(names: Sequence[str], parameters: Parameters) -> ArrayRecord:
     """The older API's list of arrays as a record by name. What each array is comes from its own header."""
     arrays = {}
     for name, data in zip(names, parameters.tensors, strict=True):
-        shape, dtype = _header(name, data)
-        arrays[name] = Array(dtype=dtype, shape=shape, stype=parameters.tensor_type, data=data)
+        try:
+            shape, _, dtype, _ = npy_header(data)
+        except DecodeError as error:
+            raise DecodeError(error.problem, tensor=name) from None
+        label = dtype.newbyteorder("=").name
+        arrays[name] = Array(dtype=label, shape=shape, stype=parameters.tensor_type, data=data)
     return ArrayRecord(arrays)
-
-
-def _header(name: str, data: bytes) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of a .npy file; nothing is allocated on its word."""
-    stream = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise DecodeError(f"not a .npy array: {error}", tensor=name) from None
-    return tuple(shape), dtype.newbyteorder("=").name
 
 
 def _numbers(metrics: Mapping[str, Scalar]) -> dict[str, float | int | list[float] | list[int]]:
