@@ -49,7 +49,7 @@ def base_model() -> dict[str, torch.Tensor]:
 
 
 def moved(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """A client's model: floating tensors moved, some elements a lot and some not at all; non-contiguous ones stay so."""
+    """A client's model: floating tensors moved, but for some elements; non-contiguous ones stay so."""
     draw = torch.Generator().manual_seed(seed)
     model = {}
     for name, tensor in base.items():

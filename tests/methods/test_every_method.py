@@ -5,7 +5,6 @@ import pytest
 
 from fl_merge import METHODS
 
-
 CASES = [
     pytest.param(check, arguments, id=" ".join(filter(None, (entry.name, settings, check.__name__))))
     for entry in METHODS.values()
