@@ -185,7 +185,7 @@ def merge_method(
     return register
 
 
-def build(name: str, **parameters: Any) -> Method:
+def build(name: str, /, **parameters: Any) -> Method:
     """The method of that name with these settings.
 
     Args:
@@ -208,7 +208,9 @@ def find(name: str) -> MethodEntry:
         module, _, name = name.partition(":")
         try:
             importlib.import_module(module)
-        except ImportError as error:
+        except RecipeError:
+            raise
+        except Exception as error:  # whatever is wrong with the user's module
             raise RecipeError(f"merge method '{module}:{name}': cannot import '{module}': {error}") from error
     if name not in METHODS:
         raise RecipeError(f"unknown merge method '{name}'{nearest(name, METHODS)}")

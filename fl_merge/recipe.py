@@ -145,7 +145,7 @@ class Recipe:
             recipe = cls.from_dict(
                 {
                     "merge_method": config.get("merge-method", "weighted_average"),
-                    "parameters": {key.replace("-", "_"): value for key, value in parameters.items()},
+                    "parameters": {str(key).replace("-", "_"): value for key, value in parameters.items()},
                     "rules": [{"match": match, "merge_method": method} for match, method in rules.items()],
                 }
             )
@@ -169,9 +169,12 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number, and a key that stands twice is an error."""
+    """YAML as people write it: 1e-5 is a number, the key `on` is text, and a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
