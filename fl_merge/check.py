@@ -9,16 +9,30 @@ import torch
 from torch import Tensor
 
 from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError
-from fl_merge.types import TensorSpec, Update, compute_dtype
+from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
 
 MAX_NUM_EXAMPLES = 1e9
 """More examples than this are taken for a mistake or an attack: such a client alone would be the whole average."""
 
+MIN_NUM_EXAMPLES = 1e-6
+"""Fewer are no weight: a share that is rounded to nothing cannot be divided by."""
+
+MAX_MAGNITUDE = 1e30
+"""A larger element would overflow in sums and squares of float32. It is refused, unless the base has just that value
+(masks are often stored as the most negative number that there is)."""
+
 _PIECE = 1 << 20
 
 
-def check_update(update: Update, base: Mapping[str, TensorSpec], *, max_num_examples: float = MAX_NUM_EXAMPLES) -> None:
-    """Check an update whole against the base: number of examples, names, shapes, dtypes, finite values.
+def check_update(
+    update: Update,
+    base: Mapping[str, TensorSpec],
+    *,
+    max_num_examples: float = MAX_NUM_EXAMPLES,
+    values: TensorSource | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """Check an update whole against the base: number of examples, names, shapes, dtypes, finite values, tied weights.
 
     Floating tensors may come in another floating dtype than the base's (float16 of a float32 model, say).
 
@@ -26,6 +40,8 @@ def check_update(update: Update, base: Mapping[str, TensorSpec], *, max_num_exam
         update: not changed.
         base: the base's tensors.
         max_num_examples: the largest weight a client may claim.
+        values: the base itself, for the check that an element beyond `MAX_MAGNITUDE` is the base's own.
+        tied: names that are another name's tensor, and that name; the update's must be equal.
 
     Raises:
         UpdateError: of the kind that says what is wrong, naming the client and the tensor.
@@ -34,7 +50,10 @@ def check_update(update: Update, base: Mapping[str, TensorSpec], *, max_num_exam
         check_num_examples(update.num_examples, max_num_examples)
         check_specs(update.tensors.specs(), base)
         for name, spec in base.items():
-            check_finite(name, update.tensors.read(name), spec.dtype)
+            check_finite(name, update.tensors.read(name), spec.dtype, values)
+        for name, first in (tied or {}).items():
+            if not torch.equal(update.tensors.read(name), update.tensors.read(first)):
+                raise TensorMismatchError(f"differs from '{first}', to which it is tied in the base", tensor=name)
     except (WeightError, TensorMismatchError, NonFiniteError) as error:
         raise error.of_client(update.client_id) from None
 
@@ -43,11 +62,11 @@ def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> floa
     """The number of examples as a float.
 
     Raises:
-        WeightError: unless it is a finite number (not a bool, not a list) above 0 and at most `maximum`.
+        WeightError: unless it is a finite number (not a bool, not a list) from 1e-6 to `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise WeightError(f"number of examples is {value!r}, wanted one number")
-    if not 0 < value <= maximum or not math.isfinite(value):
+    if not MIN_NUM_EXAMPLES <= value <= maximum or not math.isfinite(value):
         raise WeightError(f"number of examples is {value!r}, wanted a number > 0 and <= {maximum:g}")
     return float(value)
 
@@ -72,8 +91,8 @@ def check_specs(found: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec])
         raise TensorMismatchError(problem + more, tensor=name)
 
 
-def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype) -> None:
-    """Every element is finite, also in the base's dtype: 70000 has no place in a float16 model.
+def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype, values: TensorSource | None = None) -> None:
+    """Every element is finite, also in the base's dtype (70000 has no place in a float16 model), and not enormous.
 
     Raises:
         NonFiniteError: with the first element that is not, and its place.
@@ -82,12 +101,26 @@ def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype) -> None:
         return
     flat_S = tensor.reshape(-1)
     for start in range(0, flat_S.numel(), _PIECE):
-        finite_S = torch.isfinite(flat_S[start : start + _PIECE].to(base_dtype).to(compute_dtype(base_dtype)))
-        if not finite_S.all():
-            first = start + int(torch.nonzero(~finite_S)[0])
-            value = float(flat_S[first])
-            wanted = f"numbers that {_short(base_dtype)} has" if math.isfinite(value) else "finite numbers"
-            raise NonFiniteError(f"element {first} is {value}, wanted {wanted}", tensor=name)
+        piece_S = flat_S[start : start + _PIECE].to(base_dtype).to(compute_dtype(base_dtype))
+        if piece_S.abs().amax() <= MAX_MAGNITUDE:  # false for NaN too
+            continue
+        usable_S = torch.isfinite(piece_S) & (piece_S.abs() <= MAX_MAGNITUDE)
+        if values is not None:
+            base_S = values.read(name).reshape(-1)[start : start + _PIECE].to(piece_S.dtype)
+            usable_S |= torch.isfinite(piece_S) & (piece_S == base_S)
+        if not usable_S.all():
+            first = start + int(torch.nonzero(~usable_S)[0])
+            raise NonFiniteError(
+                f"element {first} is {float(flat_S[first])}, wanted {_wanted(flat_S[first], base_dtype)}", tensor=name
+            )
+
+
+def _wanted(found: Tensor, base_dtype: torch.dtype) -> str:
+    if not torch.isfinite(found):
+        return "finite numbers"
+    if not torch.isfinite(found.to(base_dtype).to(compute_dtype(base_dtype))):
+        return f"numbers that {_short(base_dtype)} has"
+    return f"magnitudes up to {MAX_MAGNITUDE:g}"
 
 
 def _short(dtype: torch.dtype) -> str:

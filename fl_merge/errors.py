@@ -15,6 +15,12 @@ A message says where, what was found and what was wanted.
 from __future__ import annotations
 
 
+def one_line(text: str, limit: int = 300) -> str:
+    """Text from elsewhere, fit for a log: one line, nothing unprintable, not endless."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
 class FlMergeError(Exception):
     """Any error that fl_merge raises on purpose."""
 

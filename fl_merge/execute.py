@@ -96,29 +96,34 @@ def execute(
         names = [output.name for output in outputs]
         twice = next(name for name in names if names.count(name) > 1)
         raise MergeError(f"two outputs have the name '{twice}'")
+    base = cohort.base.specs()
     tied = {name: first for name, first in cohort.base.aliases().items() if first in written and name not in written}
     aliases: dict[str, list[str]] = {}
     for name, first in tied.items():
         aliases.setdefault(first, []).append(name)
     everything = written | {name: written[first] for name, first in tied.items()}
-    order = [name for name in cohort.base.specs() if name in everything]
-    order += [name for name in everything if name not in cohort.base.specs()]
+    order = [name for name in base if name in everything] + [name for name in everything if name not in base]
 
     run = _Run(cohort, spec, max(BLOCK, math.ceil(slice_elements / BLOCK) * BLOCK), torch.device(device))
     try:
         sink.begin({name: everything[name] for name in order})
         with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="merge") as pool:
-            run.measure_models(outputs, pool)
-            jobs: list[Future[None]] = []
-            for output in outputs:
+            try:
+                run.measure_models(outputs, pool)
+                jobs: list[Future[None]] = []
+                for output in outputs:
 
-                def write(start: int, values_S: Tensor, output: Output = output) -> None:
-                    cast_S = _cast(output.name, values_S, written[output.name].dtype)
-                    for name in (output.name, *aliases.get(output.name, ())):
-                        sink.write(name, start, cast_S)
+                    def write(start: int, values_S: Tensor, output: Output = output) -> None:
+                        cast_S = _cast(output.name, values_S, written[output.name].dtype)
+                        for name in (output.name, *aliases.get(output.name, ())):
+                            sink.write(name, start, cast_S)
 
-                jobs += run.schedule(output, pool, write, on_tensor)
-            _finish_all(jobs)
+                    jobs += run.schedule(output, pool, write, on_tensor)
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
         sink.finish()
     except BaseException:
         sink.abort()
@@ -380,17 +385,6 @@ def _cast(name: str, values_S: Tensor, dtype: torch.dtype) -> Tensor:
             f"{str(dtype).removeprefix('torch.')}; lower the method's scale"
         )
     return cast_S
-
-
-def _finish_all(jobs: list[Future[None]]) -> None:
-    """Wait for all jobs; at the first failure drop those that have not started and raise it."""
-    try:
-        for job in jobs:
-            job.result()
-    except BaseException:
-        for job in jobs:
-            job.cancel()
-        raise
 
 
 def merged_specs(method: MergeMethod, base: Mapping[str, TensorSpec], clients: int = 2) -> dict[str, TensorSpec] | None:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
+import torch
 from torch import Tensor
 
 from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
 from fl_merge.execute import SLICE_ELEMENTS, execute
 from fl_merge.method import build
-from fl_merge.store import MemorySink, MemorySource
+from fl_merge.store import MemorySink, MemorySource, tied_names
 from fl_merge.types import Cohort, MergeMethod, Update
 
 
@@ -49,12 +50,12 @@ def merge(
     by_id = dict(updates) if isinstance(updates, Mapping) else {str(i): update for i, update in enumerate(updates)}
     shares = _shares(list(by_id), weights)
     cohort = Cohort(
-        MemorySource(base),
+        MemorySource(base, _tied(base, by_id)),
         tuple(Update(client_id, shares[client_id], MemorySource(update)) for client_id, update in by_id.items()),
         seed=seed,
     )
     for update in cohort.updates:
-        check_update(update, cohort.base.specs(), max_num_examples=math.inf)
+        check_update(update, cohort.base.specs(), max_num_examples=math.inf, values=cohort.base)
     sink = MemorySink()
     execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
     return sink.tensors
@@ -70,3 +71,12 @@ def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float
         if not isinstance(weight, SupportsFloat) or not 0 < float(weight) < math.inf:
             raise RecipeError(f"weights: client '{client_id}': found {weight!r}, wanted a number > 0")
     return {client_id: float(weight) for client_id, weight in given.items()}
+
+
+def _tied(base: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Names of one storage in the base, as far as every update has kept them equal."""
+    return {
+        name: first
+        for name, first in tied_names(base).items()
+        if all(name in u and first in u and torch.equal(u[name], u[first]) for u in updates.values())
+    }

@@ -69,6 +69,16 @@ def in_range(
         raise RecipeError(f"parameter '{name}': found {value!r}, wanted a number {allowed}")
 
 
+def whole_number(name: str, value: object, low: int) -> None:
+    """Refuse a setting that is not a whole number from `low` on.
+
+    Raises:
+        RecipeError: naming the setting, its value and what was wanted.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise RecipeError(f"parameter '{name}': found {value!r}, wanted a whole number >= {low}")
+
+
 @dataclass(frozen=True)
 class Method:
     """A merge method with its settings: what `ties(density=0.2)` gives.

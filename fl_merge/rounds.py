@@ -6,6 +6,7 @@ about a tenth of each round's merged delta to rounding.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_update
-from fl_merge.errors import MergeError, UpdateError
-from fl_merge.execute import MergeReport, execute
+from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, one_line
+from fl_merge.execute import MergeReport, execute, merged_specs
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
+
+logger = logging.getLogger("flwr")
 
 MIN_REPLIES = 2
 """Fewer are never merged unless the operator asks for it: one client's model is not a merge."""
@@ -40,6 +43,43 @@ class GlobalModel:
     rest: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
     tied: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def initial(
+        cls,
+        tensors: Mapping[str, Tensor],
+        method: MergeMethod,
+        *,
+        wire: torch.dtype | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> GlobalModel:
+        """The model that a run starts from, checked with all that can be known before clients are asked.
+
+        Args:
+            tensors, wire, tied: as for `of`.
+            method: that will merge.
+
+        Raises:
+            RecipeError: if there are no tensors, one is not finite, tied names do not fit, or the method does not fit
+                the tensors or changes their names or shapes.
+        """
+        if not tensors:
+            raise RecipeError("the initial model has no arrays; pass ArrayRecord(model.state_dict())")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.to(compute_dtype(tensor.dtype))).all():
+                raise RecipeError(f"the initial model is not finite: tensor '{name}'")
+        for name, first in (tied or {}).items():
+            if name not in tensors or first not in tensors:
+                raise RecipeError(f"tied: the model has no tensor '{name if name not in tensors else first}'")
+            if first == name or first in (tied or {}) or not torch.equal(tensors[name], tensors[first]):
+                raise RecipeError(f"tied: '{name}' is not a second name of the tensor '{first}'")
+        model = cls.of(tensors, wire=wire, tied=tied)
+        specs = {name: spec for name, spec in model.specs().items() if name not in model.tied}
+        planned = merged_specs(method, specs)
+        if planned is not None and planned != specs:
+            changed = next(name for name in [*planned, *specs] if planned.get(name) != specs.get(name))
+            raise RecipeError(f"{method} changes the model's tensors ('{changed}'), which a run cannot carry on with")
+        return model
 
     @classmethod
     def of(
@@ -198,6 +238,7 @@ class Round:
         self._accepted: list[Accepted] = []
         self._refused: dict[str, Refusal] = {}
         self._specs = model.specs()
+        self._values = MemorySource(model.sent, model.tied)
         self._started = time.perf_counter()
 
     def offer(self, client_id: str, read: Callable[[], Update]) -> Refusal | None:
@@ -215,8 +256,14 @@ class Round:
         if client_id in self._updates or client_id in self._refused:
             return Refusal(client_id, "replied twice; the first reply counts")
         try:
-            update = read()
-            check_update(update, self._specs, max_num_examples=self._max_num_examples)
+            update = self._read(read)
+            check_update(
+                update,
+                self._specs,
+                max_num_examples=self._max_num_examples,
+                values=self._values,
+                tied=self._model.tied,
+            )
         except UpdateError as error:
             return self.refuse(client_id, error.problem, error.tensor)
         self._updates[client_id] = update
@@ -224,11 +271,21 @@ class Round:
         self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
         return None
 
+    @staticmethod
+    def _read(read: Callable[[], Update]) -> Update:
+        try:
+            return read()
+        except UpdateError:
+            raise
+        except Exception as error:  # whatever a client can make of its bytes, it is that client's update that is lost
+            logger.exception("an update cannot be read")
+            raise DecodeError(f"cannot be read: {type(error).__name__}: {error}") from error
+
     def refuse(self, client_id: str, reason: str, tensor: str | None = None) -> Refusal:
         """Record that a client gave no usable update; what comes after a usable one is not recorded."""
         if client_id in self._updates:
             return Refusal(client_id, "replied twice; the first reply counts")
-        refusal = Refusal(client_id, reason, tensor)
+        refusal = Refusal(one_line(client_id), one_line(reason), None if tensor is None else one_line(tensor))
         self._refused.setdefault(client_id, refusal)
         return refusal
 
@@ -254,6 +311,9 @@ class Round:
                 )
             except MergeError as error:
                 failure = str(error)
+            except Exception as error:  # a method with a fault costs its rounds, not the server
+                logger.exception("%s failed", self._method)
+                failure = f"{self._method} failed: {type(error).__name__}: {one_line(str(error))}"
         report = RoundReport(
             self.number,
             self.sampled,

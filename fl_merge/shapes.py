@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fl_merge.errors import RecipeError
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.types import BASE, CohortSpec, Output, Read, Scope, TensorSpec, Whole
 
@@ -158,6 +159,9 @@ class Copy:
 
 def _plan_deltas(spec: CohortSpec, compute: object, scope: ScopeName) -> Iterator[Output]:
     """The plan of a method that gives each floating tensor of the base a merged one of the same name and shape."""
+    for name, tensor in spec.tensors.items():
+        if tensor.dtype.is_complex:
+            raise RecipeError(f"tensor '{name}': dtype {str(tensor.dtype).removeprefix('torch.')} cannot be merged")
     floating = {name: tensor for name, tensor in spec.tensors.items() if tensor.is_floating and tensor.numel > 0}
     whole_model = Scope.over(floating) if scope == "model" else None
     clients = range(len(spec.client_ids))

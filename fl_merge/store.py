@@ -10,6 +10,7 @@ import contextlib
 import json
 import mmap
 import os
+import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,6 +199,7 @@ class SafetensorsSink:
         self._metadata = {"format": "pt", **(metadata or {})}
         self._shards: list[_Shard] = []
         self._place: dict[str, _Shard] = {}
+        self._published: list[Path] = []
 
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
         """Make the files at their full size, under temporary names."""
@@ -209,8 +211,13 @@ class SafetensorsSink:
         except OSError as error:
             raise MergeError(f"cannot make the folder '{self._folder}': {error.strerror}") from error
         groups = _shard_groups(specs, self._max_shard_bytes)
-        for number, names in enumerate(groups, start=1):
-            final = SINGLE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        finals = [SINGLE_FILE]
+        if len(groups) > 1:
+            finals = _shard_names("model", len(groups))
+            if any((self._folder / name).exists() for name in finals):
+                # The shards of the model that is there stay readable until the index names the new ones.
+                finals = _shard_names(f"model-{secrets.token_hex(4)}", len(groups))
+        for final, names in zip(finals, groups, strict=True):
             shard = _Shard(self._folder / final, {name: specs[name] for name in names}, self._metadata)
             self._shards.append(shard)
             self._place |= dict.fromkeys(names, shard)
@@ -220,22 +227,24 @@ class SafetensorsSink:
         self._place[name].write(name, start, values_S)
 
     def finish(self) -> None:
-        """Give the files their final names, the index last, and remove what an earlier model left there."""
+        """Give the files their final names, the index last, and remove the model that it replaces."""
         for shard in self._shards:
             shard.close()
+        old = {SINGLE_FILE, *_indexed(self._folder / INDEX_FILE)}
         for shard in self._shards:
             os.replace(shard.temporary, shard.final)
-        written = {shard.final.name for shard in self._shards}
+            if len(self._shards) > 1:
+                self._published.append(shard.final)
         if len(self._shards) > 1:
             total = sum(shard.data_bytes for shard in self._shards)
             weight_map = {name: shard.final.name for name, shard in sorted(self._place.items())}
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
             write_text(self._folder / INDEX_FILE, text + "\n")
+            self._published.clear()
         else:
             (self._folder / INDEX_FILE).unlink(missing_ok=True)
-        for old in [*self._folder.glob("model-*-of-*.safetensors"), self._folder / SINGLE_FILE]:
-            if old.name not in written:
-                old.unlink(missing_ok=True)
+        for name in old - {shard.final.name for shard in self._shards}:
+            (self._folder / name).unlink(missing_ok=True)
 
     def abort(self) -> None:
         """Remove the temporary files; a model that was there before is untouched."""
@@ -243,6 +252,20 @@ class SafetensorsSink:
             with contextlib.suppress(BufferError):
                 shard.close()
             shard.temporary.unlink(missing_ok=True)
+        for path in self._published:  # no index names them yet
+            path.unlink(missing_ok=True)
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _indexed(index: Path) -> set[str]:
+    """The shards that an index in this folder names; none if there is no index."""
+    try:
+        return {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _shard_groups(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
@@ -282,8 +305,7 @@ class _Shard:
             with open(self.temporary, "wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
                 if offset:
-                    # Claims the space, so that a full disk is an error here and not a crash in the mapping below.
-                    os.posix_fallocate(file.fileno(), 8 + len(text), offset)
+                    _claim(file.fileno(), 8 + len(text), offset)
             with open(self.temporary, "r+b") as file:
                 self._map = mmap.mmap(file.fileno(), 0)
         except OSError as error:
@@ -299,6 +321,14 @@ class _Shard:
         if not self._map.closed:
             self._map.flush()
             self._map.close()
+
+
+def _claim(descriptor: int, start: int, count: int) -> None:
+    """Make room in a file now: a full disk is then an error here, and not a crash in the mapping of the file."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, start, count)
+    else:  # macOS: the space is not claimed, but the file is as long as it must be
+        os.truncate(descriptor, start + count)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -124,6 +124,9 @@ class InProcessGrid(Grid):
         RecipeError: an argument is out of range, or the ClientApp cannot be given to worker processes.
     """
 
+    replies_are_in_memory = True
+    """Fetching replies one by one saves nothing here."""
+
     def __init__(
         self,
         client_app: ClientApp,

@@ -16,13 +16,12 @@ from flwr.server.strategy import FedAvg, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.codecs import Numpy, npy_header
-from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError
-from fl_merge.execute import merged_specs
+from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError, one_line
 from fl_merge.flower.records import RecordSource, to_tensors
 from fl_merge.flower.strategy import RunFailedError
 from fl_merge.method import build, in_range
 from fl_merge.rounds import GlobalModel, Round, average_metrics
-from fl_merge.types import MergeMethod, Update
+from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
 
@@ -159,7 +158,8 @@ class LegacyFedMerge(Strategy):
         names = self._names(len(model.sent))
         self._parameters = Parameters([Numpy().encode(model.sent[name]) for name in names], Numpy.tag)
         by_client = {client.cid: result for client, result in results}
-        usable = [by_client[client_id] for client_id in sorted(entry.client_id for entry in report.accepted)]
+        accepted = sorted((entry.client_id for entry in report.accepted), key=client_order)
+        usable = [by_client[client_id] for client_id in accepted]
         return self._parameters, self._fit_metrics([(result.num_examples, result.metrics) for result in usable])
 
     def configure_evaluate(
@@ -196,10 +196,7 @@ class LegacyFedMerge(Strategy):
                 f"parameter_names: found {len(self._given_names)} names, the model has {len(parameters.tensors)} arrays"
             )
         names = self._names(len(parameters.tensors))
-        model = GlobalModel.of(to_tensors(_record(names, parameters)))
-        planned = merged_specs(self.method, model.specs(), clients=max(2, self._fedavg.min_fit_clients))
-        if planned is not None and planned.keys() != set(names):
-            raise RecipeError(f"{self.method} changes the names of tensors, which the older API does not carry")
+        model = GlobalModel.initial(to_tensors(_record(names, parameters)), self.method)
         self._model, self._parameters = model, parameters
 
     def _names(self, count: int) -> tuple[str, ...]:
@@ -256,4 +253,4 @@ def _reasons(failures: Sequence[Failure], silent: Sequence[str]) -> dict[str, st
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return one_line(str(error).strip().partition("\n")[0]) or type(error).__name__

@@ -14,15 +14,14 @@ from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
-from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError
-from fl_merge.execute import merged_specs
+from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError, one_line
 from fl_merge.flower.records import RecordSource, to_record, to_tensors
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
-from fl_merge.method import build, in_range
-from fl_merge.rounds import GlobalModel, Refusal, Round, average_metrics, quorum
-from fl_merge.types import MergeMethod, Update
+from fl_merge.method import build, in_range, whole_number
+from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
 
@@ -30,7 +29,7 @@ MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
 
 class RunFailedError(MergeError, AggregationError):
-    """A run that made no model; Flower ends it as failed."""
+    """A run that made no model, or never found enough nodes to begin; Flower ends it as failed."""
 
 
 class FedMerge(Strategy):
@@ -91,10 +90,16 @@ class FedMerge(Strategy):
         tied: Mapping[str, str] | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
+        for name, count in {
+            "min_train_nodes": min_train_nodes,
+            "min_evaluate_nodes": min_evaluate_nodes,
+            "min_available_nodes": min_available_nodes,
+        }.items():
+            whole_number(name, count, 0)
+        whole_number("min_replies", 1 if min_replies is None else min_replies, 1)
         in_range("fraction_train", fraction_train, 0.0, 1.0)
         in_range("fraction_evaluate", fraction_evaluate, 0.0, 1.0)
         in_range("max_failures", max_failures, 0.0, 1.0)
-        in_range("min_replies", 1 if min_replies is None else min_replies, 1)
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         if not isinstance(method, str) and not hasattr(method, "plan"):
@@ -173,7 +178,6 @@ class FedMerge(Strategy):
         """
         self._adopt(initial_arrays)
         self._merged_rounds, self._failures = 0, []
-        merged_specs(self.method, self._trainable_specs(), clients=max(2, self.min_train_nodes))
         watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
         for watcher in self._watchers():
             watcher.run_started(num_rounds, self.method)
@@ -185,9 +189,6 @@ class FedMerge(Strategy):
         if not result.arrays:
             result.arrays = initial_arrays
         return result
-
-    def _trainable_specs(self) -> dict[str, Any]:
-        return {name: spec for name, spec in self.model.specs().items() if name not in self.tied}
 
     def _watchers(self) -> tuple[Watcher, ...]:
         return (*self.watchers, *watchers_here())
@@ -208,13 +209,7 @@ class FedMerge(Strategy):
         """Make `arrays` the global model, unless it is the record that the model was given out as."""
         if arrays is self._record:
             return
-        if not arrays:
-            raise RecipeError("the initial model has no arrays; pass ArrayRecord(model.state_dict())")
-        tensors = to_tensors(arrays)
-        unknown = [name for pair in self.tied.items() for name in pair if name not in tensors]
-        if unknown:
-            raise RecipeError(f"tied: the model has no tensor '{unknown[0]}'")
-        self._model = GlobalModel.of(tensors, wire=self.wire_dtype, tied=self.tied)
+        self._model = GlobalModel.initial(to_tensors(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
         self._record = arrays
         self._wire_record = arrays if self.wire_dtype is None else to_record(self._model.sent)
 
@@ -228,17 +223,33 @@ class FedMerge(Strategy):
         if self.fraction_train == 0.0:
             self._asked = []
             return []
-        nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
+        try:
+            nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
+        except RunFailedError as error:
+            if self._merged_rounds == 0:
+                raise
+            return self._no_round(server_round, str(error))
         needed = quorum(len(nodes), self.min_replies, self.max_failures)
         if needed > len(nodes):
             sampled = "1 node is" if len(nodes) == 1 else f"{len(nodes)} nodes are"
-            raise RecipeError(
+            problem = (
                 f"{sampled} sampled and a round needs {needed} usable replies (min_replies): no round could succeed; "
                 "sample more nodes or lower min_replies"
             )
+            if self._merged_rounds == 0:
+                raise RecipeError(problem)
+            return self._no_round(server_round, problem)
         for watcher in self._watchers():
             watcher.round_started(server_round, tuple(str(node) for node in nodes))
         return self._messages(server_round, config, nodes, MessageType.TRAIN)
+
+    def _no_round(self, server_round: int, why: str) -> list[Message]:
+        """A round that asks nobody, because too few nodes are left: it fails, and the model stands."""
+        self._asked = []
+        logger.error("round %d made no model, the old one stands: %s", server_round, why)
+        for watcher in self._watchers():
+            watcher.round_ended(RoundReport(server_round, (), (), (), None, why, 0.0), self.model)
+        return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -284,7 +295,7 @@ class FedMerge(Strategy):
     def _take_in(self, collected: Round, client_id: str, message: Message, contents: dict[str, RecordDict]) -> None:
         started = time.perf_counter()
         if message.has_error():
-            refusal: Refusal | None = collected.refuse(client_id, f"client error: {_first_line(message.error.reason)}")
+            refusal: Refusal | None = collected.refuse(client_id, f"client error: {_last_line(message.error.reason)}")
         else:
             refusal = collected.offer(client_id, lambda: self._read_update(client_id, message.content))
         if refusal is None:
@@ -320,7 +331,12 @@ class FedMerge(Strategy):
         if self.fraction_evaluate == 0.0:
             self._asked = []
             return []
-        nodes = self._sample(grid, server_round, "evaluate", self.fraction_evaluate, self.min_evaluate_nodes)
+        try:
+            nodes = self._sample(grid, server_round, "evaluate", self.fraction_evaluate, self.min_evaluate_nodes)
+        except RunFailedError as error:
+            logger.warning("round %d is not evaluated: %s", server_round, error)
+            self._asked = []
+            return []
         return self._messages(server_round, config, nodes, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -328,21 +344,25 @@ class FedMerge(Strategy):
         contents: dict[str, RecordDict] = {}
         reports: dict[str, tuple[float, Mapping[str, Any]]] = {}
         refused: dict[str, Refusal] = {}
-        asked = {str(about.dst_node_id) for about in self._asked}
+        asked = [str(about.dst_node_id) for about in self._asked]
         askers = self._asked_by_id()
         for message in replies:
             client_id = _client_of(message, askers)
-            if client_id not in asked or client_id in reports:
+            if client_id in reports or client_id in refused:
+                logger.warning("\trefused: client '%s': evaluated twice; the first reply counts", client_id)
                 continue
             try:
+                if client_id not in asked:
+                    raise DecodeError("was not asked to evaluate")
                 if message.has_error():
-                    raise DecodeError(f"client error: {_first_line(message.error.reason)}")
+                    raise DecodeError(f"client error: {_last_line(message.error.reason)}")
                 reports[client_id] = self._read_metrics(message.content)
                 contents[client_id] = message.content
             except UpdateError as error:
-                refused[client_id] = Refusal(client_id, error.problem, error.tensor)
-        for client_id in asked - reports.keys() - refused.keys():
-            refused[client_id] = Refusal(client_id, "no reply before the deadline")
+                refused[client_id] = Refusal(client_id, one_line(error.problem), error.tensor)
+        for client_id in asked:
+            if client_id not in reports and client_id not in refused:
+                refused[client_id] = Refusal(client_id, "no reply before the deadline")
         if not asked:
             return None
         self._log(tuple(refused.values()), len(reports), "evaluate")
@@ -388,6 +408,7 @@ class FedMerge(Strategy):
         return messages
 
     def _asked_by_id(self) -> dict[str, str]:
+        """Node ids by the ids of the requests; empty if the messages have not been sent through a Grid."""
         return {about.message_id: str(about.dst_node_id) for about in self._asked if about.message_id}
 
     def _metrics(
@@ -395,10 +416,16 @@ class FedMerge(Strategy):
         function: MetricsFunction | None,
         contents: Mapping[str, RecordDict],
         reports: Mapping[str, tuple[float, Mapping[str, Any]]],
-    ) -> MetricRecord:
-        if function is not None:
-            return function([contents[client_id] for client_id in sorted(contents)], self.weighted_by_key)
-        return MetricRecord(cast("dict[str, Any]", average_metrics({key: reports[key] for key in sorted(reports)})))
+    ) -> MetricRecord | None:
+        """The round's metrics, clients in their order; None if the user's function cannot cope with what they sent."""
+        clients = sorted(reports, key=client_order)
+        if function is None:
+            return MetricRecord(cast("dict[str, Any]", average_metrics({key: reports[key] for key in clients})))
+        try:
+            return function([contents[key] for key in clients], self.weighted_by_key)
+        except Exception:
+            logger.exception("%r failed: there are no metrics of this round", function)
+            return None
 
     def _log(self, refused: Sequence[Refusal], usable: int, phase: str) -> None:
         logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
@@ -407,10 +434,18 @@ class FedMerge(Strategy):
 
 
 def _client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:
-    """Who a reply is from: the node that its request went to, since some errors are signed by the SuperLink."""
+    """Who a reply is from: the node that its request went to, whatever it says of itself.
+
+    A reply to no request of this phase is nobody's that was asked. Only where nothing was sent through a Grid (replies
+    made by hand) does the signature count.
+    """
     about = reply.metadata
-    return asked_by_id.get(about.reply_to_message_id, str(about.src_node_id))
+    if not asked_by_id:
+        return str(about.src_node_id)
+    return asked_by_id.get(about.reply_to_message_id, f"unknown ({about.src_node_id})")
 
 
-def _first_line(reason: str | None) -> str:
-    return (reason or "no reason given").strip().splitlines()[-1][:300]
+def _last_line(reason: str | None) -> str:
+    """The end of a traceback, which is where it says what happened."""
+    lines = [line for line in (reason or "").split("\n") if line.strip()]
+    return one_line(lines[-1]) if lines else "no reason given"

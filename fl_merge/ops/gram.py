@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fl_merge.errors import MergeError
+
 BLOCK = 16384
 """Elements a partial sum runs over. Slices start at multiples of it, so the partial sums are always the same ones."""
 
@@ -41,7 +43,14 @@ def gram_from_partials(partials: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (N, N), float64.
+
+    Raises:
+        MergeError: if a product or a sum is beyond float64.
     """
     columns = torch.cat([part.flatten(1) for part in partials]).T.tolist()
     size = partials[0].shape[-1]
-    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).reshape(size, size)
+    try:
+        sums = [math.fsum(column) for column in columns]
+    except (OverflowError, ValueError):
+        raise MergeError("an inner product of the clients' models is beyond float64") from None
+    return torch.tensor(sums, dtype=torch.float64).reshape(size, size)
