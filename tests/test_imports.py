@@ -1,0 +1,120 @@
+"""Who may import whom: the picture in docs/design.md, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fl_merge
+
+PACKAGE = Path(fl_merge.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "errors": set(),
+    "types": {"errors"},
+    "ops": {"types", "errors"},
+    "shapes": {"ops", "types", "errors"},
+    "method": {"types", "errors"},
+    "methods": {"method", "shapes", "ops", "types", "errors"},
+    "execute": {"shapes", "ops.gram", "types", "errors"},
+    "store": {"types", "errors"},
+    "check": {"types", "errors"},
+    "codecs": {"types", "errors"},
+    "merging": {"method", "execute", "check", "store", "types", "errors"},
+    "rounds": {"execute", "check", "store", "types", "errors"},
+    "recipe": {"method", "execute", "types", "errors"},
+    "runs": {"store", "types", "errors"},
+    "flower": {"runs", "recipe", "rounds", "method", "execute", "check", "store", "codecs", "types", "errors"},
+    "cli": {"__init__", "flower", "runs", "recipe", "rounds", "merging", "method", "store", "types", "errors"},
+    "__init__": {"methods", "merging", "recipe", "method", "shapes", "errors"},
+}
+"""Each part of the package, and the parts that it may import besides itself. A new part needs a row."""
+
+ELSEWHERE = {
+    "flwr": {"flower"},
+    "safetensors": {"store"},
+    "yaml": {"recipe", "flower"},
+    "typer": {"cli"},
+    "rich": {"cli", "flower"},
+    "pathlib": {"store", "recipe", "runs", "flower", "cli"},
+}
+"""Libraries that only some parts may import."""
+
+FLWR_IS_PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.serverapp.exception", "flwr.clientapp"}
+FLWR_ELSEWHERE = {"flower/_flwr.py", "flower/legacy.py"}
+"""Files that may import more of flwr than that: the names that it moves, and its older API."""
+
+
+def part_of(module):
+    """`fl_merge.ops.gram` belongs to `ops`, `fl_merge` itself to `__init__`."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def module_of(path):
+    names = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" and len(names) > 2 else names)
+
+
+def imports(path):
+    """Every module that a file imports, also inside functions; of `from fl_merge import x`, the part x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if node.module == "fl_merge":
+                yield from (f"fl_merge.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_what_its_part_may(path):
+    part = part_of(module_of(path))
+    assert part in MAY_IMPORT, f"'{part}' is new: say in MAY_IMPORT where it stands"
+    for module in imports(path):
+        top = module.split(".")[0]
+        if top == "fl_merge":
+            allowed = MAY_IMPORT[part] | {part}
+            assert part_of(module) in allowed or module.removeprefix("fl_merge.") in allowed, f"{part} imports {module}"
+        if top in ELSEWHERE:
+            assert part in ELSEWHERE[top], f"{part} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_of_flwr_only_public_modules_are_imported(path):
+    if str(path.relative_to(PACKAGE)) in FLWR_ELSEWHERE:
+        return
+    private = {module for module in imports(path) if module.split(".")[0] == "flwr"} - FLWR_IS_PUBLIC
+    assert not private
+
+
+def test_the_picture_has_no_circle():
+    """Each part stands above all that it imports."""
+    above: dict[str, set[str]] = {part: {name.split(".")[0] for name in names} for part, names in MAY_IMPORT.items()}
+    done: set[str] = set()
+    while above:
+        free = [part for part, names in above.items() if names <= done]
+        assert free, f"a circle among {sorted(above)}"
+        for part in free:
+            done.add(part)
+            del above[part]
+
+
+def test_the_picture_has_no_part_that_is_gone():
+    found = {part_of(module_of(path)) for path in FILES}
+    assert set(MAY_IMPORT) == found
+
+
+def test_importing_the_core_does_not_import_flower():
+    """Nor what it drags in: whoever merges files in a notebook waits for torch alone."""
+    script = (
+        "import sys, fl_merge; heavy = {'flwr', 'ray', 'typer', 'rich', 'grpc', 'transformers'}; "
+        "print('merge' in dir(fl_merge), sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "True []\n", found.stderr

@@ -1,0 +1,76 @@
+"""merge(): plain state dicts in, a plain state dict out."""
+
+import math
+
+import pytest
+import torch
+
+from fl_merge import MergeError, RecipeError, UpdateError, merge
+from fl_merge.errors import NonFiniteError, TensorMismatchError
+from fl_merge.methods import dare_linear, weighted_average
+
+BASE = {"w": torch.tensor([1.0, 2.0])}
+A, B = {"w": torch.tensor([3.0, 2.0])}, {"w": torch.tensor([1.0, 6.0])}
+
+
+def test_a_list_or_clients_by_name_and_a_method_or_its_name():
+    assert merge(weighted_average(), BASE, [A, B])["w"].tolist() == [2.0, 4.0]
+    assert merge("weighted_average", BASE, {"a": A, "b": B}, {"b": 3, "a": 1})["w"].tolist() == [1.5, 5.0]
+    assert merge("weighted_average", BASE, [A, B], (1, 3))["w"].tolist() == [1.5, 5.0]
+    assert merge("weighted_average", BASE, [A, B], torch.tensor([1.0, 3.0]))["w"].tolist() == [1.5, 5.0]
+
+
+def test_parameters_of_a_module_can_be_merged():
+    models = [torch.nn.Linear(3, 2) for _ in range(3)]
+    result = merge("weighted_average", models[0].state_dict(), [model.state_dict() for model in models[1:]])
+    wanted = (models[1].weight + models[2].weight).detach() / 2
+    torch.testing.assert_close(result["weight"], wanted)
+    assert not result["weight"].requires_grad
+    with_grad = merge("weighted_average", dict(models[0].named_parameters()), [dict(models[1].named_parameters())])
+    assert not with_grad["weight"].requires_grad
+
+
+def test_the_seed_is_an_argument():
+    base, client = {"w": torch.zeros(100)}, {"w": torch.ones(100)}
+    results = [merge(dare_linear(), base, [client], seed=seed)["w"] for seed in (0, 1, 0)]
+    assert torch.equal(results[0], results[2])
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1.0], "weights: found 1 (['0']), wanted one for each of ['0', '1']"),
+        ([1.0, 2.0, 3.0], "weights: found 3 (['0', '1']), wanted one for each of ['0', '1']"),
+        ({"0": 1.0, "2": 1.0}, "weights: found 2 (['0', '2']), wanted one for each of ['0', '1']"),
+        ([1.0, 0.0], "weights: client '1': found 0.0, wanted a number > 0"),
+        ([-1, 1.0], "weights: client '0': found -1, wanted a number > 0"),
+        ([1.0, math.nan], "weights: client '1': found nan, wanted a number > 0"),
+        ([1.0, math.inf], "weights: client '1': found inf, wanted a number > 0"),
+        ([1.0, "2"], "weights: client '1': found '2', wanted a number > 0"),
+        ([1.0, None], "weights: client '1': found None, wanted a number > 0"),
+    ],
+)
+def test_weights_that_do_not_fit(weights, words):
+    with pytest.raises(RecipeError) as caught:
+        merge("weighted_average", BASE, [A, B], weights)
+    assert str(caught.value) == words
+
+
+def test_clients_that_do_not_fit_are_named():
+    with pytest.raises(TensorMismatchError, match=r"^client 'b', tensor 'w': shape \(3,\), base has \(2,\)$"):
+        merge("weighted_average", BASE, {"a": A, "b": {"w": torch.ones(3)}})
+    with pytest.raises(NonFiniteError, match=r"^client '1', tensor 'w': element 1 is inf, wanted finite numbers$"):
+        merge("weighted_average", BASE, [A, {"w": torch.tensor([1.0, math.inf])}])
+    with pytest.raises(UpdateError, match=r"^client '0', tensor 'v': \(1,\) float32 is not in the base$"):
+        merge("weighted_average", BASE, [{**A, "v": torch.ones(1)}])
+
+
+def test_nobody():
+    with pytest.raises(MergeError, match=r"^there is nothing to merge: the cohort has no update$"):
+        merge("weighted_average", BASE, [])
+
+
+def test_an_unknown_method():
+    with pytest.raises(RecipeError, match=r"^unknown merge method 'weighted_avg'; did you mean 'weighted_average'\?"):
+        merge("weighted_avg", BASE, [A])
