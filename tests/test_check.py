@@ -140,7 +140,7 @@ def test_numbers_of_examples_that_are_not(value, words):
 
 
 def test_a_number_beyond_float64_is_refused_too():
-    with pytest.raises(WeightError, match=r"^number of examples is 10{400}, wanted a number > 0 and <= 1e\+09$"):
+    with pytest.raises(WeightError, match=r"^number of examples is 10+\.\.\., wanted a number > 0 and <= 1e\+09$"):
         check_num_examples(10**400)
 
 
