@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError
+from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError, one_line
 from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
 
 MAX_NUM_EXAMPLES = 1e9
@@ -65,9 +65,9 @@ def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> floa
         WeightError: unless it is a finite number (not a bool, not a list) from 1e-6 to `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise WeightError(f"number of examples is {value!r}, wanted one number")
+        raise WeightError(f"number of examples is {one_line(repr(value), 40)}, wanted one number")
     if not MIN_NUM_EXAMPLES <= value <= maximum or not math.isfinite(value):
-        raise WeightError(f"number of examples is {value!r}, wanted a number > 0 and <= {maximum:g}")
+        raise WeightError(f"number of examples is {one_line(repr(value), 40)}, wanted a number > 0 and <= {maximum:g}")
     return float(value)
 
 

@@ -6,6 +6,7 @@ Wrong input ends with one line that says what to do, and exit code 2; a run that
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +113,11 @@ def simulate(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe in YAML for the app's server.")] = None,
     workers: Annotated[
-        str, typer.Option(help="Worker processes: a number, 0 for none, or auto.", metavar="N|auto")
+        str,
+        typer.Option(
+            help="Worker processes: a number, 0 for none (client code then runs in this process), or auto.",
+            metavar="N|auto",
+        ),
     ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the clients' random numbers.")] = 0,
     run_folder: Annotated[
@@ -147,6 +152,8 @@ def simulate(
 
 def main() -> None:
     """The command `fl-merge`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a recipe may name a method in a module beside it
     try:
         app()
     except (RecipeError, UpdateError) as error:

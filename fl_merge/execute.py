@@ -337,15 +337,14 @@ class _Inputs:
         """(N, S): every client's own values."""
         return torch.stack([self._widened(client_S, start, stop) for client_S in self._clients])
 
-    def accumulate(self, coefficients_N: Iterable[float], start: int, stop: int) -> Tensor:
-        """(S,): sum c_i tau_i, one client at a time; in the same order and rounding as `ops.weighted_sum`."""
-        base_S = self.base(start, stop)
-        total_S = None
+    def combination(self, base_coefficient: float, coefficients_N: Iterable[float], start: int, stop: int) -> Tensor:
+        """(S,): base_coefficient * theta_0 + sum c_i tau_i, added in float64 and rounded once."""
+        base_S = self._base_S[start:stop].to(self._run.device, torch.float64)
+        total_S = base_S * base_coefficient
         for client_S, coefficient in zip(self._clients, coefficients_N, strict=True):
-            term_S = (self._widened(client_S, start, stop) - base_S) * coefficient
-            total_S = term_S if total_S is None else total_S + term_S
-        assert total_S is not None
-        return total_S
+            delta_S = client_S[start:stop].to(self._run.device, torch.float64) - base_S
+            total_S += delta_S.mul_(coefficient)
+        return total_S.to(self._dtype)
 
 
 class _Lazy:
@@ -362,13 +361,7 @@ class _Lazy:
 
 
 def _weighted_sum(compute: WeightedSum, inputs: _Inputs) -> Callable[[int, int], Tensor]:
-    def merged(start: int, stop: int) -> Tensor:
-        base_S = inputs.base(start, stop)
-        if compute.base_coefficient != 1.0:
-            base_S = base_S * compute.base_coefficient
-        return base_S + inputs.accumulate(compute.coefficients_N, start, stop)
-
-    return merged
+    return lambda start, stop: inputs.combination(compute.base_coefficient, compute.coefficients_N, start, stop)
 
 
 def _partials(compute: Span, inputs: _Inputs, start: int, stop: int) -> Tensor:

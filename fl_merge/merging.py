@@ -12,7 +12,7 @@ from torch import Tensor
 from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
 from fl_merge.execute import SLICE_ELEMENTS, execute
-from fl_merge.method import build
+from fl_merge.method import as_method
 from fl_merge.store import MemorySink, MemorySource, tied_names
 from fl_merge.types import Cohort, MergeMethod, Update
 
@@ -46,8 +46,11 @@ def merge(
         UpdateError: if a client's tensors do not fit the base or are not finite, naming client and tensor.
         MergeError: if the merge gives no model.
     """
-    chosen = build(method) if isinstance(method, str) else method
+    chosen = as_method(method)
+    _require_tensors("base", base)
     by_id = dict(updates) if isinstance(updates, Mapping) else {str(i): update for i, update in enumerate(updates)}
+    for client_id, tensors in by_id.items():
+        _require_tensors(f"client '{client_id}'", tensors)
     shares = _shares(list(by_id), weights)
     cohort = Cohort(
         MemorySource(base, _tied(base, by_id)),
@@ -66,7 +69,8 @@ def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float
         return dict.fromkeys(client_ids, 1.0)
     given = dict(weights) if isinstance(weights, Mapping) else dict(zip(client_ids, weights, strict=False))
     if len(weights) != len(client_ids) or set(given) != set(client_ids):
-        raise RecipeError(f"weights: found {len(weights)} ({list(given)}), wanted one for each of {client_ids}")
+        found = list(weights) if isinstance(weights, Mapping) else f"{len(weights)} of them"
+        raise RecipeError(f"weights: found {found}, wanted one for each of the {len(client_ids)} clients {client_ids}")
     for client_id, weight in given.items():
         if not isinstance(weight, SupportsFloat) or not 0 < float(weight) < math.inf:
             raise RecipeError(f"weights: client '{client_id}': found {weight!r}, wanted a number > 0")
@@ -80,3 +84,13 @@ def _tied(base: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]
         for name, first in tied_names(base).items()
         if all(name in u and first in u and torch.equal(u[name], u[first]) for u in updates.values())
     }
+
+
+def _require_tensors(whose: str, tensors: object) -> None:
+    if not isinstance(tensors, Mapping):
+        raise RecipeError(f"{whose}: found {type(tensors).__name__}, wanted a state dict (tensors by name)")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise RecipeError(f"{whose}, {name!r}: found {type(tensor).__name__}, wanted a torch.Tensor by its name")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise RecipeError(f"{whose}, '{name}': a tensor without dense values ({tensor.layout}, {tensor.device})")

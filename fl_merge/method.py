@@ -208,6 +208,22 @@ def build(name: str, /, **parameters: Any) -> Method:
     return find(name).factory(**parameters)
 
 
+def as_method(method: object) -> MergeMethod:
+    """The method itself, or the one of that name at its defaults.
+
+    Raises:
+        RecipeError: for anything else, such as `ties` without its parentheses.
+    """
+    if isinstance(method, str):
+        return build(method)
+    plan = getattr(method, "plan", None)
+    if not callable(plan):
+        name = getattr(method, "__name__", None)
+        hint = f"; did you mean {name}()?" if name in METHODS else ""
+        raise RecipeError(f"found {method!r}, wanted a merge method such as ties(density=0.2), or its name{hint}")
+    return typing.cast(MergeMethod, method)
+
+
 def find(name: str) -> MethodEntry:
     """The registered method of that name; "module:function" imports the user's module first.
 
@@ -217,11 +233,16 @@ def find(name: str) -> MethodEntry:
     if ":" in name:
         module, _, name = name.partition(":")
         try:
-            importlib.import_module(module)
+            found = getattr(importlib.import_module(module), name, None)
         except RecipeError:
             raise
         except Exception as error:  # whatever is wrong with the user's module
             raise RecipeError(f"merge method '{module}:{name}': cannot import '{module}': {error}") from error
+        for entry in METHODS.values():
+            if entry.factory is found:
+                return entry
+        theirs = [entry.name for entry in METHODS.values() if entry.factory.__module__ == module]
+        raise RecipeError(f"'{module}' has no merge method '{name}'{nearest(name, theirs)}")
     if name not in METHODS:
         raise RecipeError(f"unknown merge method '{name}'{nearest(name, METHODS)}")
     return METHODS[name]
@@ -346,6 +367,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def _as_key(key: Any, wanted: Any) -> Any:
+    """A whole number stands for its digits where text is wanted: YAML reads a client's id as a number."""
+    return str(key) if wanted is str and isinstance(key, int) and not isinstance(key, bool) else key
+
+
 def _accept(where: str, value: Any, annotation: Any) -> Any:
     """The value in the annotated type, or a RecipeError that says what was wanted."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -378,7 +404,9 @@ def _accept(where: str, value: Any, annotation: Any) -> Any:
         key_type, value_type = arguments
         return types.MappingProxyType(
             {
-                _accept(f"{where}, key {key!r}", key, key_type): _accept(f"{where}, '{key}'", item, value_type)
+                _accept(f"{where}, key {key!r}", _as_key(key, key_type), key_type): _accept(
+                    f"{where}, '{key}'", item, value_type
+                )
                 for key, item in value.items()
             }
         )

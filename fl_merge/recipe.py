@@ -21,7 +21,7 @@ import yaml
 
 from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
-from fl_merge.method import build, nearest, partition
+from fl_merge.method import METHODS, Method, Partition, build, nearest, partition
 from fl_merge.types import MergeMethod, TensorSpec
 
 _KEYS = ("merge_method", "parameters", "rules")
@@ -124,8 +124,8 @@ class Recipe:
             rules."*norm*" = "weighted_average"
 
         `parameters` and `rules` may also be text in YAML, `parameters = "{density: 0.2}"`, which `flwr run
-        --run-config` can override. `recipe = "recipe.yaml"` names a file that takes the place of all three. Other keys
-        are left alone: they are the app's.
+        --run-config` can override; rules as a list can then have parameters, as in a recipe file. `recipe =
+        "recipe.yaml"` names a file that takes the place of all three. Other keys are left alone: they are the app's.
 
         Raises:
             RecipeError: as `load`.
@@ -140,19 +140,36 @@ class Recipe:
             if dot and close and table not in ("parameters", "rules"):
                 raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}{key[len(table) :]}'?")
         try:
-            parameters = _table("parameters", config)
-            rules = _table("rules", config)
+            parameters = _nested(_table("parameters", config))
+            listed = _from_yaml(config.get("rules"))
+            rules = (
+                listed
+                if isinstance(listed, list)
+                else [{"match": glob, "merge_method": method} for glob, method in _table("rules", config).items()]
+            )
             recipe = cls.from_dict(
                 {
                     "merge_method": config.get("merge-method", "weighted_average"),
                     "parameters": {str(key).replace("-", "_"): value for key, value in parameters.items()},
-                    "rules": [{"match": match, "merge_method": method} for match, method in rules.items()],
+                    "rules": rules,
                 }
             )
             recipe.build()
         except RecipeError as error:
             raise RecipeError(f"run config: {error}") from None
         return recipe
+
+    @classmethod
+    def of(cls, method: MergeMethod) -> Recipe | None:
+        """The recipe that builds this method; None for one that no recipe can name (an object of the user's own)."""
+        if isinstance(method, Method):
+            return cls(_name(method), dict(method.parameters))
+        if isinstance(method, Partition) and isinstance(method.otherwise, Method):
+            rules = [(glob, rule) for glob, rule in method.rules if isinstance(rule, Method)]
+            if len(rules) == len(method.rules):
+                listed = tuple(Rule(glob, _name(rule), dict(rule.parameters)) for glob, rule in rules)
+                return cls(_name(method.otherwise), dict(method.otherwise.parameters), listed)
+        return None
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file that `load` reads back."""
@@ -194,6 +211,12 @@ for _yaml in (_Loader, _Dumper):
     )
 
 
+def _name(method: Method) -> str:
+    """A method's name in a recipe: with its module, if it is not one of ours."""
+    module = METHODS[method.name].factory.__module__
+    return method.name if module.startswith("fl_merge.") else f"{module}:{method.name}"
+
+
 def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise RecipeError(f"{where}: found {content!r}, wanted keys: {', '.join(known)}")
@@ -208,14 +231,31 @@ def _table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     table = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
     text = config.get(name)
     if text:
-        try:
-            parsed = yaml.load(str(text), Loader=_Loader)
-        except yaml.YAMLError:
-            parsed = None
+        parsed = _from_yaml(text)
         if not isinstance(parsed, Mapping):
             raise RecipeError(f"{name}: found {text!r}, wanted YAML such as '{{key: value}}'")
         table |= dict(parsed)
     return table
+
+
+def _from_yaml(text: object) -> object:
+    """What a string of YAML holds; None if there is none or it is not YAML."""
+    try:
+        return yaml.load(str(text), Loader=_Loader) if text else None
+    except yaml.YAMLError:
+        return None
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`coefficients.7 = -1`, as Flower flattens it, back to a table in a table."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        name, dot, rest = str(key).partition(".")
+        if dot and isinstance(nested.setdefault(name, {}), dict):
+            nested[name][rest] = value
+        else:
+            nested[name] = value
+    return nested
 
 
 def _text(key: str, content: Mapping[str, Any]) -> str:

@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from digits_clients import data, model
-from digits_clients.data import Client
-from digits_clients.model import State
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+
+from digits_clients import data, model
+from digits_clients.data import Client
+from digits_clients.model import State
 
 HEADINGS = ("mean %", "worst %", "norm. %", "up MB", "merge s", "passes")
 

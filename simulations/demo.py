@@ -15,19 +15,20 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
+
 from baselines import EPOCHS, HEADINGS, LEARNING_RATE, Population, Row, baselines, cells, model_bytes, population, table
 from digits_clients import data, model
 from digits_clients.data import Examples
 from digits_clients.model import State
-from rich.console import Console
-from rich.progress import track
-
 from fl_merge import METHODS, FlMergeError, build, merge
 from fl_merge.flower.simulate import simulate
 from fl_merge.store import load
@@ -212,4 +213,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped")

@@ -374,7 +374,7 @@ def test_a_recipe_file_takes_the_place_of_the_other_keys(tmp_path):
         ({"parameters": "{density"}, "parameters: found '{density', wanted YAML such as '{key: value}'"),
         ({"parameters": "0.2"}, "parameters: found '0.2', wanted YAML such as '{key: value}'"),
         ({"merge-method": "ties", "parameters": "{1: 2}"}, f"ties has no parameter '1' {TIES}"),
-        ({"rules": "[norm]"}, "rules: found '[norm]', wanted YAML such as '{key: value}'"),
+        ({"rules": "[norm]"}, "rule 1: found 'norm', wanted keys: match, merge_method, parameters"),
         ({"rules.*norm*": 3}, "rule 1 ('*norm*'): merge_method: found 3, wanted the name of a method"),
         (
             {"rules.*norm*": "slurp"},

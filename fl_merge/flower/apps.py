@@ -60,7 +60,9 @@ def load_app(folder: str | Path, overrides: Sequence[str] = ()) -> LoadedApp:
     folder = Path(folder).expanduser().resolve()
     pyproject = folder / "pyproject.toml"
     if not folder.is_dir():
-        raise RecipeError(f"app folder '{folder}': not found")
+        raise RecipeError(
+            f"app folder '{folder}': {'is a file, a folder is wanted' if folder.exists() else 'not found'}"
+        )
     if not pyproject.is_file():
         raise RecipeError(f"app folder '{folder}': no pyproject.toml in it, a Flower app has one")
     try:

@@ -127,6 +127,9 @@ class InProcessGrid(Grid):
     replies_are_in_memory = True
     """Fetching replies one by one saves nothing here."""
 
+    nodes_are_fixed = True
+    """Waiting for more nodes is of no use here."""
+
     def __init__(
         self,
         client_app: ClientApp,

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fl_merge.errors import RecipeError
 from fl_merge.flower.watch import Evaluation, Watcher
+from fl_merge.recipe import Recipe
 from fl_merge.rounds import GlobalModel, Refusal, RoundReport
 from fl_merge.runs.folder import RunFolder
 from fl_merge.types import MergeMethod
 
 
 class Journal(Watcher):
-    """Writes every event to the folder's journal, and the model after every round that made one."""
+    """Writes every event to the folder's journal, and the model after every round that made one.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    Args:
+        path: the folder, made when a run starts: an app that does not merge gets none.
+        config: the run config, written beside the journal.
+
+    Raises:
+        RecipeError: if a run has already been written there.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self._config = dict(config)
+        self._opened: RunFolder | None = None
+        if os.path.exists(self.path / "journal.jsonl"):
+            raise RecipeError(f"run folder '{path}' already holds a run; give another one")
+
+    @property
+    def written(self) -> bool:
+        """Whether a run has started in it."""
+        return self._opened is not None
+
+    @property
+    def _folder(self) -> RunFolder:
+        if self._opened is None:
+            try:
+                self._opened = RunFolder(self.path)
+                self._opened.write_config(self._config)
+            except OSError as error:
+                raise RecipeError(f"run folder '{self.path}': {error.strerror or error}") from None
+        return self._opened
 
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
+        recipe = Recipe.of(method)
+        if recipe is not None:
+            self._folder.write_recipe(recipe.to_yaml())
         self._folder.record("run_started", rounds=num_rounds, method=str(method))
 
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from fl_merge.codecs import Numpy, npy_header
 from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError, one_line
 from fl_merge.flower.records import RecordSource, to_tensors
 from fl_merge.flower.strategy import RunFailedError
-from fl_merge.method import build, in_range
+from fl_merge.method import as_method, in_range
 from fl_merge.rounds import GlobalModel, Round, average_metrics
 from fl_merge.types import MergeMethod, Update, client_order
 
@@ -81,7 +81,7 @@ class LegacyFedMerge(Strategy):
             raise RecipeError(f"parameter_names: '{twice}' is there twice")
         fit_metrics: MetricsFunction = fedavg.pop("fit_metrics_aggregation_fn", None) or mean_metrics
         fedavg["evaluate_metrics_aggregation_fn"] = fedavg.get("evaluate_metrics_aggregation_fn") or mean_metrics
-        self.method = build(method) if isinstance(method, str) else method
+        self.method = as_method(method)
         self.num_rounds = num_rounds
         self.min_replies = min_replies
         self.max_failures = max_failures if fedavg.get("accept_failures", True) else 0.0

@@ -66,6 +66,12 @@ class Live(Watcher):
             self._answered += 1
             self.messages += 1
             self.errors += not event.ok
+            if event.error is not None and not self._rounds:  # FedMerge says so itself, with the round
+                self._console.print(
+                    f"  [yellow]error[/yellow] node {event.node_id}, {kind}: {escape(event.error)}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             self._bytes[kind] = self._bytes.get(kind, 0) + event.num_bytes
         where = f"round {event.group_id}/{self._rounds} " if event.group_id and self._rounds else ""
         self._progress.update(
@@ -100,7 +106,7 @@ class Live(Watcher):
         refused = f", {len(report.refused)} refused" if report.refused else ""
         uplink = self._bytes["train"] or sum(entry.num_bytes for entry in report.accepted)
         self._console.print(
-            f"{head}  {len(report.accepted)} of {len(report.sampled)} merged{refused}  "
+            f"{head}  {len(report.accepted)} of {len(report.sampled)} merged{_who(report)}{refused}  "
             f"{time.perf_counter() - self._round_started:.1f} s (merge {report.merge.seconds:.3f} s)  "
             f"up {megabytes(uplink)}, down {megabytes(self._downlink)}",
             highlight=False,
@@ -123,6 +129,12 @@ class Live(Watcher):
         if parts:
             short = {key.rpartition("/")[2]: value for key, value in parts.items()}
             self._console.print(f"    [dim]{_metrics(short)}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _who(report: RoundReport) -> str:
+    """The clients whose updates are in the model, if they fit a line."""
+    clients = report.merge.clients if report.merge is not None else ()
+    return f" ({' '.join(clients)})" if len(clients) <= 16 else ""
 
 
 def megabytes(num_bytes: float) -> str:

@@ -23,6 +23,7 @@ class RepliesAsTheyCome(Grid):
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.nodes_are_fixed = bool(getattr(grid, "nodes_are_fixed", False))
         self._in_memory = bool(getattr(grid, "replies_are_in_memory", False))
 
     def set_run(self, run: Run) -> None:

@@ -28,7 +28,6 @@ from fl_merge.flower.records import to_record, to_tensors
 from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
 from fl_merge.recipe import Recipe
-from fl_merge.runs.folder import RunFolder
 from fl_merge.store import load, tied_names
 
 Config = Mapping[str, bool | int | float | str]
@@ -93,15 +92,8 @@ def run(
     state = dict(initial(config)) if initial is not None else _initial_model(str(settings["initial-model"]))
     arrays = to_record(state)
     watchers: list[Watcher] = []
-    folder = None
     if settings["run-folder"]:
-        try:
-            folder = RunFolder(str(settings["run-folder"]))
-        except OSError as error:
-            raise RecipeError(f"run-folder: {error}") from None
-        folder.write_recipe(recipe.to_yaml())
-        folder.write_config(config)
-        watchers.append(Journal(folder))
+        watchers.append(Journal(str(settings["run-folder"]), config))
     strategy = FedMerge(
         recipe.build(),
         fraction_train=float(settings["fraction-train"]),

@@ -20,7 +20,6 @@ from fl_merge.flower.journal import Journal
 from fl_merge.flower.live import Live
 from fl_merge.flower.watch import watching
 from fl_merge.recipe import Recipe
-from fl_merge.runs.folder import RunFolder
 
 DEFAULT_NODES = 2
 
@@ -81,28 +80,19 @@ def simulate(
             )
         config["recipe"] = str(Path(recipe).resolve())
     count = nodes if nodes is not None else _nodes(app)
-    path = Path(run_folder) if run_folder is not None else _free_folder(app.name)
-    journal = _LazyJournal(path)
+    path = Path(run_folder) if run_folder is not None else _new_folder(app.name)
+    journal = Journal(path, app.run_config | config)
     console.print(f"[bold]{app.name}[/bold]: {count} clients in this process", highlight=False)
     started = time.perf_counter()
-    with _flower_log(verbose), Live(console) as live, watching(live, journal):
-        run_app(app, nodes=count, workers=workers, seed=seed, run_config=config, on_message=live.on_message)
-    return Simulated(journal.path_written, time.perf_counter() - started, live.messages, live.errors)
-
-
-class _LazyJournal(Journal):
-    """Makes the run folder when a FedMerge starts in it; an app with another strategy gets none."""
-
-    def __init__(self, path: Path) -> None:
-        if (path / "journal.jsonl").exists():
-            raise RecipeError(f"run folder '{path}' already holds a run; give another one")
-        self._path = path
-        self.path_written: Path | None = None
-
-    def run_started(self, num_rounds: int, method: object) -> None:
-        self._folder = RunFolder(self._path)
-        self.path_written = self._path
-        super().run_started(num_rounds, method)  # type: ignore[arg-type]
+    try:
+        with _flower_log(verbose), Live(console) as live, watching(live, journal):
+            run_app(app, nodes=count, workers=workers, seed=seed, run_config=config, on_message=live.on_message)
+    finally:
+        if run_folder is None and not journal.written:
+            path.rmdir()
+    return Simulated(
+        journal.path if journal.written else None, time.perf_counter() - started, live.messages, live.errors
+    )
 
 
 def _nodes(app: LoadedApp) -> int:
@@ -116,15 +106,23 @@ def _nodes(app: LoadedApp) -> int:
     return nodes
 
 
-def _free_folder(name: str) -> Path:
+def _new_folder(name: str) -> Path:
+    """A folder of this run's own, also where others start in the same second."""
     stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
-    candidates = [stem, *(stem.with_name(f"{stem.name}-{number}") for number in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
+    for path in (stem, *(stem.with_name(f"{stem.name}-{number}") for number in range(2, 1000))):
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RecipeError(f"run folder '{path}': {error.strerror}; give another with --run-folder") from None
+        return path
+    raise RecipeError(f"run folder '{stem}': a thousand runs have that name; give one with --run-folder")
 
 
 @contextlib.contextmanager
 def _flower_log(verbose: bool) -> Iterator[None]:
-    """Flower's log at the level of warnings; FedMerge's own warnings come through `Live`."""
+    """Without Flower's log, unless it is asked for: `Live` shows what fails."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(level if verbose else logging.CRITICAL)

@@ -19,7 +19,7 @@ from fl_merge.flower.records import RecordSource, to_record, to_tensors
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
-from fl_merge.method import build, in_range, whole_number
+from fl_merge.method import as_method, in_range, whole_number
 from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
 from fl_merge.types import MergeMethod, Update, client_order
 
@@ -102,11 +102,7 @@ class FedMerge(Strategy):
         in_range("max_failures", max_failures, 0.0, 1.0)
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
-        if not isinstance(method, str) and not hasattr(method, "plan"):
-            raise RecipeError(
-                f"FedMerge: found {method!r}, wanted a merge method such as ties(density=0.2), or its name"
-            )
-        self.method = build(method) if isinstance(method, str) else method
+        self.method = as_method(method)
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
@@ -384,6 +380,11 @@ class FedMerge(Strategy):
             wanted = max(self.min_available_nodes, size)
             if len(connected) >= wanted:
                 break
+            if getattr(grid, "nodes_are_fixed", False):
+                raise RecipeError(
+                    f"{len(connected)} clients are simulated, the strategy wants at least {wanted} "
+                    f"(min_available_nodes, min_{phase}_nodes): simulate more, or lower these"
+                )
             if time.monotonic() >= deadline:
                 raise RunFailedError(
                     f"{len(connected)} nodes connected in {self.node_timeout:g} s (node_timeout), wanted {wanted}"
@@ -436,13 +437,14 @@ class FedMerge(Strategy):
 def _client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:
     """Who a reply is from: the node that its request went to, whatever it says of itself.
 
-    A reply to no request of this phase is nobody's that was asked. Only where nothing was sent through a Grid (replies
-    made by hand) does the signature count.
+    A reply to no request of this phase is nobody's that was asked, whatever its signature. Only where nothing was sent
+    through a Grid (replies made by hand) does the signature count.
     """
     about = reply.metadata
-    if not asked_by_id:
-        return str(about.src_node_id)
-    return asked_by_id.get(about.reply_to_message_id, f"unknown ({about.src_node_id})")
+    if about.reply_to_message_id in asked_by_id:
+        return asked_by_id[about.reply_to_message_id]
+    signature = str(about.src_node_id)
+    return f"{signature} (by its own account)" if signature in asked_by_id.values() else signature
 
 
 def _last_line(reason: str | None) -> str:

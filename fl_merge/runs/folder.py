@@ -8,7 +8,9 @@ model.safetensors     the latest merged model, replaced when a round has made a 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +49,7 @@ class RunFolder:
 
     def record(self, event: str, **values: Any) -> None:
         """Append an event to the journal."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, default=_plain)
+        line = json.dumps(_plain({"time": round(time.time(), 3), "event": event, **values}), allow_nan=False)
         with self._journal.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -57,8 +59,13 @@ class RunFolder:
 
 
 def _plain(value: Any) -> Any:
+    """Values as JSON has them: dataclasses as objects, null for a number that is not finite."""
     if isinstance(value, Mapping):
-        return dict(value)
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: getattr(value, name) for name in value.__dataclass_fields__}
-    return str(value)
+        return {str(key): _plain(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

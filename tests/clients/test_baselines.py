@@ -1,8 +1,9 @@
 """The numbers of the comparison: what a row says, how a vote is counted, which clients the baselines use."""
 
-import baselines
 import pytest
 import torch
+
+import baselines
 from digits_clients import data, model
 
 

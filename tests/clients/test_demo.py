@@ -2,12 +2,12 @@
 
 import csv
 
-import baselines
-import demo
 import pytest
-from digits_clients import data
 from rich.console import Console
 
+import baselines
+import demo
+from digits_clients import data
 from fl_merge import METHODS
 
 

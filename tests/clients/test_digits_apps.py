@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
 from digits_clients import data, model
 from digits_clients.client_app import app
 from digits_clients.settings import Settings
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-
 from fl_merge.flower.client import receive
 from fl_merge.flower.inprocess import FIRST_NODE_ID, InProcessGrid
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from digits_clients import data
 
 

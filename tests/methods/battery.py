@@ -137,7 +137,7 @@ def bad_values(annotation: object) -> list:
         return [value for value in bad if value is not None]
     if inspect.isclass(origin) and issubclass(origin, typing.Mapping):
         inner = [value for value in bad_values(arguments[1]) if value is not None]
-        return [3.0, "text", ["a"], {1: 1.0}, *({"client": value} for value in inner)]
+        return [3.0, "text", ["a"], {1.5: 1.0}, *({"client": value} for value in inner)]
     table = {
         float: [math.nan, math.inf, -math.inf, 10**400, "0.5", True, None, [0.5]],
         int: [1.5, "3", True, None, math.nan],

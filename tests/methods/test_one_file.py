@@ -94,7 +94,10 @@ def test_modules_and_names_that_do_not_exist(own_module):
         RecipeError, match=r"^merge method 'my_merge:x': cannot import 'my_merge': No module named 'my_merge'$"
     ):
         build("my_merge:x")
-    with pytest.raises(RecipeError, match=r"^unknown merge method 'cautious_men'; did you mean 'cautious_mean'\?"):
+    with pytest.raises(
+        RecipeError,
+        match=r"has no merge method 'cautious_men'; did you mean 'cautious_mean'\? \(known: cautious_mean\)$",
+    ):
         build(f"{own_module}:cautious_men")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fl_merge.flower.client import receive, reply
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from digits_clients import model
 from digits_clients.data import Client, client
 from digits_clients.settings import Settings
+from fl_merge.flower.client import receive, reply
 
 app = ClientApp()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fl_merge.flower.server_app import make_server_app
 from torch import Tensor
 
 from digits_clients import model
 from digits_clients.data import validation_examples
 from digits_clients.settings import Settings
+from fl_merge.flower.server_app import make_server_app
 
 
 def initial(run_config: Mapping[str, object]) -> dict[str, Tensor]:
