@@ -40,9 +40,9 @@ def test_the_seed_is_an_argument():
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ([1.0], "weights: found 1 (['0']), wanted one for each of ['0', '1']"),
-        ([1.0, 2.0, 3.0], "weights: found 3 (['0', '1']), wanted one for each of ['0', '1']"),
-        ({"0": 1.0, "2": 1.0}, "weights: found 2 (['0', '2']), wanted one for each of ['0', '1']"),
+        ([1.0], "weights: found 1 of them, wanted one for each of the 2 clients ['0', '1']"),
+        ([1.0, 2.0, 3.0], "weights: found 3 of them, wanted one for each of the 2 clients ['0', '1']"),
+        ({"0": 1.0, "2": 1.0}, "weights: found ['0', '2'], wanted one for each of the 2 clients ['0', '1']"),
         ([1.0, 0.0], "weights: client '1': found 0.0, wanted a number > 0"),
         ([-1, 1.0], "weights: client '0': found -1, wanted a number > 0"),
         ([1.0, math.nan], "weights: client '1': found nan, wanted a number > 0"),
