@@ -74,3 +74,56 @@ def test_nobody():
 def test_an_unknown_method():
     with pytest.raises(RecipeError, match=r"^unknown merge method 'weighted_avg'; did you mean 'weighted_average'\?"):
         merge("weighted_avg", BASE, [A])
+
+
+# --- tied weights ----------------------------------------------------------------------------------------------------
+
+
+def test_names_of_one_storage_are_merged_once():
+    shared = torch.zeros(50)
+    base = {"embed": shared, "head": shared}
+    moved = torch.arange(50.0)
+    merged = merge(dare_linear(density=0.5), base, [{"embed": moved, "head": moved.clone()}] * 2)
+    assert torch.equal(merged["embed"], merged["head"])
+    assert merged["embed"].any()
+
+
+def test_names_of_one_storage_that_a_client_has_parted_are_merged_apart():
+    shared = torch.zeros(3)
+    update = {"embed": torch.ones(3), "head": torch.full((3,), 5.0)}
+    merged = merge(weighted_average(), {"embed": shared, "head": shared}, [update, update])
+    assert torch.equal(merged["embed"], torch.ones(3))
+    assert torch.equal(merged["head"], torch.full((3,), 5.0))
+
+
+# --- arguments that are not what they should be ----------------------------------------------------------------------
+
+
+def test_a_client_comes_back_however_far_the_base_is():
+    """Deltas of float32 would be rounded to nothing; sums in float64 keep a client's digits down to 2^-53 of the base."""
+    base, client = torch.tensor([1e6, 300.0, -7.0]), torch.tensor([0.12345679, 1.2345, 1e-3])
+    assert torch.equal(merge(weighted_average(), {"a": base}, [{"a": client}])["a"], client)
+    far = merge(weighted_average(), {"a": torch.tensor([1e10])}, [{"a": torch.tensor([1.2345])}])["a"]
+    assert float(far) == pytest.approx(1.2345, abs=1e10 * 2**-52)
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "update", "message"),
+    [
+        (weighted_average, {}, {}, r"^found <function weighted_average at .*did you mean weighted_average\(\)\?$"),
+        (weighted_average(), None, {}, r"^base: found NoneType, wanted a state dict"),
+        (weighted_average(), {"a": [1.0]}, {}, r"^base, 'a': found list, wanted a torch.Tensor by its name$"),
+        (weighted_average(), {"a": torch.ones(1)}, [1], r"^client '0': found list, wanted a state dict"),
+        (weighted_average(), {"a": torch.ones(2).to_sparse()}, {}, r"^base, 'a': a tensor without dense values"),
+        (weighted_average(), {"a": torch.ones(2, device="meta")}, {}, r"^base, 'a': a tensor without dense values"),
+        (
+            weighted_average(),
+            {"a": torch.ones(1) * 1j},
+            {"a": torch.ones(1) * 1j},
+            r"dtype complex64 cannot be merged$",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(method, base, update, message):
+    with pytest.raises(RecipeError, match=message):
+        merge(method, base, [update])

@@ -386,3 +386,41 @@ def test_a_wrong_run_config_is_refused_by_name(config, problem):
     with pytest.raises(RecipeError) as caught:
         Recipe.from_config(config)
     assert str(caught.value) == f"run config: {problem}"
+
+
+# --- from a method, and the forms a run config can have -------------------------------------------------------------
+
+
+def test_the_recipe_of_a_method_builds_it_again():
+    method = Recipe("ties", {"density": 0.3}, (Rule("*.bias", "weighted_average"),)).build()
+    recipe = Recipe.of(method)
+    assert recipe is not None
+    assert recipe.rules == (Rule("*.bias", "weighted_average", {}),)
+    assert str(recipe.build()) == str(method)
+
+
+def test_an_object_of_the_users_own_has_no_recipe():
+    class Planner:
+        def plan(self, spec):
+            return iter(())
+
+    assert Recipe.of(Planner()) is None
+
+
+def test_a_run_config_can_nest_parameters_and_give_rules_theirs():
+    """Flower flattens tables to dotted keys; rules with parameters stand in one string, as in a recipe file."""
+    recipe = Recipe.from_config(
+        {
+            "merge-method": "task_arithmetic",
+            "parameters.coefficients.1000": -1.0,
+            "rules": "[{match: '*.weight', merge_method: ties, parameters: {density: 0.5}}]",
+        }
+    )
+    assert recipe.parameters == {"coefficients": {"1000": -1.0}}
+    assert recipe.rules == (Rule("*.weight", "ties", {"density": 0.5}),)
+
+
+def test_a_clients_id_may_be_written_as_a_number(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge_method: task_arithmetic\nparameters: {coefficients: {1000: -1.0}}\n")
+    assert dict(Recipe.load(path).build().parameters["coefficients"]) == {"1000": -1.0}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fl_merge import MergeError, merge
+from fl_merge import MergeError, RecipeError, merge
 from fl_merge.errors import DecodeError
 from fl_merge.methods import dare_linear, task_arithmetic, ties, weighted_average
 from fl_merge.rounds import GlobalModel, Refusal, Round, average_metrics, quorum
@@ -310,3 +310,46 @@ def test_metrics_of_different_forms_are_left_out():
     assert average_metrics(reports) == {"c": 4.0}
     assert average_metrics({}) == {}
     assert average_metrics({"1": (1.0, {"empty": []})}) == {"empty": []}
+
+
+# --- the model that a run starts from --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tensors", "tied", "message"),
+    [
+        ({}, {}, "the initial model has no arrays"),
+        ({"a": torch.tensor([math.nan])}, {}, "the initial model is not finite: tensor 'a'"),
+        ({"a": torch.ones(2)}, {"b": "a"}, "tied: the model has no tensor 'b'"),
+        ({"a": torch.ones(2)}, {"a": "a"}, "tied: 'a' is not a second name of the tensor 'a'"),
+        (dict.fromkeys("abc", torch.ones(2)), {"a": "b", "b": "c"}, "tied: 'a' is not a second name of the tensor 'b'"),
+        ({"a": torch.ones(2), "b": torch.ones(3)}, {"a": "b"}, "tied: 'a' is not a second name of the tensor 'b'"),
+    ],
+)
+def test_an_initial_model_that_no_run_can_start_from(tensors, tied, message):
+    with pytest.raises(RecipeError, match=message):
+        GlobalModel.initial(tensors, weighted_average(), tied=tied)
+
+
+def test_a_client_that_parts_tied_weights_is_refused():
+    model = GlobalModel.initial(dict.fromkeys(("embed", "head"), torch.zeros(2)), ties(), tied={"head": "embed"})
+    collected = Round(1, model, ties(), ("1", "2"))
+    parted = Update("1", 1.0, MemorySource({"embed": torch.ones(2), "head": torch.full((2,), 9.0)}, {}))
+    assert str(collected.offer("1", lambda: parted)) == (
+        "client '1', tensor 'head': differs from 'embed', to which it is tied in the base"
+    )
+
+
+def test_a_method_that_fails_costs_the_round_and_not_the_server():
+    from fl_merge import Coordinate
+
+    def combine(deltas_NS, weights_N, at):
+        raise RuntimeError("no luck")
+
+    model = GlobalModel.of({"a": torch.zeros(2)})
+    collected = Round(1, model, Coordinate(combine), ("1", "2"))
+    for client_id in ("1", "2"):
+        collected.offer(client_id, lambda each=client_id: Update(each, 1.0, MemorySource({"a": torch.ones(2)})))
+    merged, report = collected.merge()
+    assert merged is None
+    assert report.failure.endswith("failed: RuntimeError: no luck")

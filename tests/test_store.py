@@ -354,3 +354,47 @@ def test_a_dtype_that_we_do_not_read(tmp_path):
     save_file({"w": torch.ones(2, dtype=torch.uint16)}, tmp_path / "model.safetensors")
     with pytest.raises(DecodeError, match=r"^tensor 'w': dtype U16 is not supported \(BF16, BOOL, F16"):
         SafetensorsSource(tmp_path).specs()
+
+
+def test_a_sharded_model_stays_readable_until_the_index_names_the_new_shards(tmp_path, monkeypatch):
+    """Between any two steps of the replacement a reader has the old model or the new one, whole."""
+    old = {name: torch.zeros(100) for name in "abc"}
+    new = {name: torch.ones(100) for name in "abc"}
+    save(old, tmp_path, max_shard_bytes=400)
+    seen = []
+    replace = os.replace
+
+    def replace_and_look(source, target):
+        replace(source, target)
+        seen.append({float(tensor[0]) for tensor in load(tmp_path).values()})
+
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    save(new, tmp_path, max_shard_bytes=400)
+    assert seen == [{0.0}, {0.0}, {0.0}, {1.0}]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failure_between_two_shards_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch):
+    save({name: torch.zeros(100) for name in "abc"}, tmp_path, max_shard_bytes=400)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    replace = os.replace
+    left = iter([1, 1])
+
+    def replace_twice(source, target):
+        if next(left, None) is None:
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_twice)
+    with pytest.raises(OSError, match="Input/output"):
+        save({name: torch.ones(100) for name in "abc"}, tmp_path, max_shard_bytes=400)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert all(not tensor.any() for tensor in load(tmp_path).values())
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    theirs = tmp_path / "model-of-theirs-00001-of-00002.safetensors"
+    theirs.write_bytes(b"theirs")
+    save({"a": torch.zeros(3)}, tmp_path)
+    assert theirs.read_bytes() == b"theirs"
