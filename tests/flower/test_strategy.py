@@ -596,6 +596,72 @@ def test_when_nobody_can_evaluate_there_are_no_metrics():
     assert len(listener.evaluations[0].refused) == 2
 
 
+# --- a Grid that is a network ----------------------------------------------------------------------------------------
+
+
+class Network(InProcessGrid):
+    """Gives one reply a pull, as a SuperLink would; `trouble` is what happens to node 1001's."""
+
+    replies_are_in_memory = False
+
+    def __init__(self, nodes, trouble):
+        super().__init__(stepping_app(), nodes, workers=0)
+        self.trouble, self.pulled, self.of_1001 = trouble, [], None
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        self.of_1001 = next(i for i, m in zip(ids, messages, strict=True) if m.metadata.dst_node_id == 1001)
+        return [None if i == self.of_1001 and self.trouble == "not sent" else i for i in ids]
+
+    def pull_messages(self, message_ids):
+        [message_id] = message_ids
+        self.pulled.append(message_id)
+        replies = super().pull_messages([message_id])
+        if message_id == self.of_1001 and replies:
+            if isinstance(self.trouble, Exception):
+                raise self.trouble
+            if self.trouble == "forged":
+                replies[0].metadata.__dict__["_reply_to_message_id"] = self.pulled[0]
+        return replies
+
+
+def over_a_network(trouble):
+    listener = Listener()
+    strategy = FedMerge(weighted_average(), fraction_evaluate=0.0, watchers=[listener])
+    with Network(3, trouble) as grid:
+        strategy.start(grid, to_record(model()), num_rounds=1, timeout=30)
+    [report] = listener.reports
+    return [entry.client_id for entry in report.accepted], [str(refusal) for refusal in report.refused], grid
+
+
+def test_replies_are_fetched_one_at_a_time():
+    accepted, refused, grid = over_a_network(None)
+    assert (accepted, refused) == (["1000", "1001", "1002"], [])
+    assert len(set(grid.pulled)) == 3
+
+
+@pytest.mark.parametrize(
+    ("trouble", "refused"),
+    [
+        ("not sent", "client '1001': client error: the request could not be sent"),
+        (ValueError("bad protobuf"), "client '1001': client error: undecodable reply: ValueError: bad protobuf"),
+    ],
+)
+def test_what_happens_to_one_message_costs_one_client(trouble, refused):
+    assert over_a_network(trouble)[:2] == (["1000", "1002"], [refused])
+
+
+def test_whose_reply_it_is_is_known_from_what_was_asked_for():
+    """Node 1001 writes into its reply that it answers the first node's message."""
+    accepted, refused, _ = over_a_network("forged")
+    assert (accepted, refused) == (["1000", "1001", "1002"], [])
+
+
+def test_a_superlink_that_is_gone_ends_the_run():
+    with pytest.raises(ConnectionRefusedError):
+        over_a_network(ConnectionRefusedError())
+
+
 # --- being told ------------------------------------------------------------------------------------------------------
 
 
