@@ -100,7 +100,7 @@ def test_names_of_one_storage_that_a_client_has_parted_are_merged_apart():
 
 
 def test_a_client_comes_back_however_far_the_base_is():
-    """Deltas of float32 would be rounded to nothing; sums in float64 keep a client's digits down to 2^-53 of the base."""
+    """Float32 deltas would be rounded away; sums in float64 keep a client's digits down to 2^-53 of the base."""
     base, client = torch.tensor([1e6, 300.0, -7.0]), torch.tensor([0.12345679, 1.2345, 1e-3])
     assert torch.equal(merge(weighted_average(), {"a": base}, [{"a": client}])["a"], client)
     far = merge(weighted_average(), {"a": torch.tensor([1e10])}, [{"a": torch.tensor([1.2345])}])["a"]
