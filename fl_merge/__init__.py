@@ -2,8 +2,9 @@
 
 from fl_merge import methods
 from fl_merge.errors import FlMergeError, MergeError, RecipeError, UpdateError
+from fl_merge.hyperparameters import in_range
 from fl_merge.merging import merge
-from fl_merge.method import METHODS, build, in_range, merge_method, partition
+from fl_merge.method import METHODS, build, merge_method, partition
 from fl_merge.recipe import Recipe
 from fl_merge.shapes import Coordinate, Matrix, Slice, Span
 

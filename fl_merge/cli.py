@@ -18,7 +18,8 @@ from rich.table import Table
 
 import fl_merge
 from fl_merge.errors import FlMergeError, RecipeError, UpdateError
-from fl_merge.method import METHODS, MethodEntry, describe, find
+from fl_merge.hyperparameters import describe
+from fl_merge.method import METHODS, MethodEntry, find
 from fl_merge.recipe import Recipe
 from fl_merge.store import SafetensorsSource
 

@@ -21,7 +21,8 @@ import yaml
 
 from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
-from fl_merge.method import METHODS, Method, Partition, build, nearest, partition
+from fl_merge.hyperparameters import nearest
+from fl_merge.method import METHODS, Method, Partition, build, partition
 from fl_merge.types import MergeMethod, TensorSpec
 
 _KEYS = ("merge_method", "parameters", "rules")

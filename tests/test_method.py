@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from fl_merge import METHODS, RecipeError, Span, build, in_range, merge_method
-from fl_merge.method import Range, describe, find
+from fl_merge.hyperparameters import Range, describe
+from fl_merge.method import find
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from fl_merge.codecs import Numpy, npy_header
 from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError, one_line
 from fl_merge.flower.records import RecordSource, to_tensors
 from fl_merge.flower.strategy import RunFailedError
-from fl_merge.method import as_method, in_range
+from fl_merge.hyperparameters import in_range
+from fl_merge.method import as_method
 from fl_merge.rounds import GlobalModel, Round, average_metrics
 from fl_merge.types import MergeMethod, Update, client_order
 

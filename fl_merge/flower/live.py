@@ -110,6 +110,7 @@ class Live(Watcher):
             f"{time.perf_counter() - self._round_started:.1f} s (merge {report.merge.seconds:.3f} s)  "
             f"up {megabytes(uplink)}, down {megabytes(self._downlink)}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def clients_evaluated(self, evaluation: Evaluation) -> None:

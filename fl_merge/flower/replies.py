@@ -81,8 +81,9 @@ class RepliesAsTheyCome(Grid):
             if last or not waiting:
                 return
             wait = _FIRST_WAIT if heard else min(2 * wait, _LONGEST_WAIT)
-            if not self._in_memory:
-                time.sleep(wait if deadline is None else max(0.0, min(wait, deadline - time.monotonic())))
+            if self._in_memory:
+                wait = 0.0 if heard else _FIRST_WAIT
+            time.sleep(wait if deadline is None else max(0.0, min(wait, deadline - time.monotonic())))
 
     def _sweep(self, waiting: list[str], asked: Mapping[str, Metadata]) -> Iterator[Message]:
         """The replies that are there."""

@@ -19,7 +19,8 @@ from fl_merge.flower.records import RecordSource, to_record, to_tensors
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
-from fl_merge.method import as_method, in_range, whole_number
+from fl_merge.hyperparameters import in_range, whole_number
+from fl_merge.method import as_method
 from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
 from fl_merge.types import MergeMethod, Update, client_order
 
@@ -227,10 +228,9 @@ class FedMerge(Strategy):
             return self._no_round(server_round, str(error))
         needed = quorum(len(nodes), self.min_replies, self.max_failures)
         if needed > len(nodes):
-            sampled = "1 node is" if len(nodes) == 1 else f"{len(nodes)} nodes are"
             problem = (
-                f"{sampled} sampled and a round needs {needed} usable replies (min_replies): no round could succeed; "
-                "sample more nodes or lower min_replies"
+                f"{_count(len(nodes), 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
+                "(min_replies): no round could succeed; sample more nodes or lower min_replies"
             )
             if self._merged_rounds == 0:
                 raise RecipeError(problem)
@@ -382,12 +382,13 @@ class FedMerge(Strategy):
                 break
             if getattr(grid, "nodes_are_fixed", False):
                 raise RecipeError(
-                    f"{len(connected)} clients are simulated, the strategy wants at least {wanted} "
-                    f"(min_available_nodes, min_{phase}_nodes): simulate more, or lower these"
+                    f"{_count(len(connected), 'client is', 'clients are')} simulated, the strategy wants at least "
+                    f"{wanted} (min_available_nodes, min_{phase}_nodes): simulate more, or lower these"
                 )
             if time.monotonic() >= deadline:
                 raise RunFailedError(
-                    f"{len(connected)} nodes connected in {self.node_timeout:g} s (node_timeout), wanted {wanted}"
+                    f"{_count(len(connected), 'node', 'nodes')} connected in {self.node_timeout:g} s "
+                    f"(node_timeout), wanted {wanted}"
                 )
             if time.monotonic() - told > 10:
                 told = time.monotonic()
@@ -445,6 +446,10 @@ def _client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:
         return asked_by_id[about.reply_to_message_id]
     signature = str(about.src_node_id)
     return f"{signature} (by its own account)" if signature in asked_by_id.values() else signature
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _last_line(reason: str | None) -> str:

@@ -1,6 +1,7 @@
 from torch import Tensor
 
-from fl_merge.method import Density, Scale, merge_method
+from fl_merge.hyperparameters import Density, Scale
+from fl_merge.method import merge_method
 from fl_merge.ops.combine import disjoint_mean, disjoint_sum
 from fl_merge.ops.consensus import Election, elect_sign, settle_draws
 from fl_merge.ops.sparsify import keep_random

@@ -3,7 +3,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from fl_merge.method import Range, Scale, merge_method
+from fl_merge.hyperparameters import Range, Scale
+from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import Coordinate, Slice
 

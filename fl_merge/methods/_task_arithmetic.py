@@ -3,7 +3,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fl_merge.errors import MergeError
-from fl_merge.method import Scale, merge_method
+from fl_merge.hyperparameters import Scale
+from fl_merge.method import merge_method
 from fl_merge.shapes import Span
 from fl_merge.types import CohortSpec
 

@@ -178,11 +178,11 @@ def test_losing_nodes_in_a_later_round_costs_the_round_and_not_the_run() -> None
     result = strategy.start(grid, to_record(BASE), num_rounds=3, timeout=5)
     assert torch.equal(to_tensors(result.arrays)["w"], torch.full((3,), 1.0))
     assert [report.merge is not None for report in reports.rounds] == [True, False, False]
-    assert reports.rounds[1].failure == "1 nodes connected in 0 s (node_timeout), wanted 2"
+    assert reports.rounds[1].failure == "1 node connected in 0 s (node_timeout), wanted 2"
 
 
 def test_too_few_nodes_from_the_start_end_the_run() -> None:
-    with pytest.raises(RunFailedError, match=r"^1 nodes connected in 0 s \(node_timeout\), wanted 2$"):
+    with pytest.raises(RunFailedError, match=r"^1 node connected in 0 s \(node_timeout\), wanted 2$"):
         run(RemoteGrid([1], lambda message: trained(message, 1.0)), node_timeout=0.0)
 
 

@@ -198,7 +198,7 @@ def test_nodes_lost_after_a_round_cost_a_round_and_not_the_run():
     assert set(result.train_metrics_clientapp) == {1, 3}
     assert [report.failure for report in listener.reports] == [
         None,
-        "1 nodes connected in 0 s (node_timeout), wanted 2",
+        "1 node connected in 0 s (node_timeout), wanted 2",
         None,
     ]
     assert float(to_tensors(result.arrays)["b"]) == pytest.approx(0.5 + 10 / 12)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fl_merge import METHODS, FlMergeError, RecipeError, build, merge
-from fl_merge.method import MethodEntry, Range
+from fl_merge.hyperparameters import Range
+from fl_merge.method import MethodEntry
 from fl_merge.types import TensorSpec
 
 HUGE = 10**9

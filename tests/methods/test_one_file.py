@@ -18,7 +18,8 @@ from fl_merge.flower import FedMerge
 METHOD = '''
 from typing import Annotated
 
-from fl_merge.method import Range, merge_method
+from fl_merge.hyperparameters import Range
+from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import Coordinate
 
