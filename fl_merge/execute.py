@@ -8,11 +8,12 @@ Suffixes: N clients, S elements, K numbers of a survey.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ def execute(
     run = _Run(cohort, spec, max(BLOCK, math.ceil(slice_elements / BLOCK) * BLOCK), torch.device(device))
     try:
         sink.begin({name: everything[name] for name in order})
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="merge") as pool:
+        with _pool(threads or os.cpu_count() or 1) as pool:
             try:
                 run.measure_models(outputs, pool)
                 jobs: list[Future[None]] = []
@@ -140,6 +141,17 @@ def execute(
 
 def _master_spec(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.shape, compute_dtype(spec.dtype)) if spec.is_floating else spec
+
+
+@contextlib.contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch does not start threads of its own: those would wait for each other's cores."""
+    torch_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(torch_threads)
 
 
 Write = Callable[[int, Tensor], None]
@@ -266,22 +278,22 @@ class _Run:
                 list(mapped(lambda client: survey(inputs.delta(client, 0, output.spec.numel)), clients))
             )
 
-        def at(start: int, stop: int, tally: int = 0) -> Slice:
-            return Slice(output.name, start, stop, scope_start + start, self.spec, survey_NK, tally, self.device)
+        def at(start: int, stop: int, count: Callable[[], int] | None) -> Slice:
+            return Slice(output.name, start, stop, scope_start + start, self.spec, survey_NK, count, self.device)
 
-        tally = 0
-        if (count := compute.tally) is not None:
-            votes = mapped(
-                lambda piece: count(inputs.deltas(*piece), self.weights_N, at(*piece)).sum(dtype=torch.float64),
-                self.slices(output),
-            )
-            tally = int(sum(int(vote) for vote in votes))
+        tally = _Once(lambda: self._tally(compute, output, inputs, lambda start, stop: at(start, stop, None)))
 
         def merged(start: int, stop: int) -> Tensor:
             delta_S = compute.combine(inputs.deltas(start, stop), self.weights_N, at(start, stop, tally))
             return inputs.base(start, stop) + delta_S
 
         return merged
+
+    def _tally(self, compute: Coordinate, output: Output, inputs: _Inputs, at: Callable[[int, int], Slice]) -> int:
+        if compute.tally is None:
+            return 0
+        votes = (compute.tally(inputs.deltas(*piece), self.weights_N, at(*piece)) for piece in self.slices(output))
+        return sum(int(vote_S.sum(dtype=torch.float64)) for vote_S in votes)
 
     def measure_models(self, outputs: Iterable[Output], pool: ThreadPoolExecutor) -> None:
         """Surveys and Gram matrices whose scope is the whole model, before any tensor is merged."""
@@ -331,7 +343,10 @@ class _Inputs:
     def deltas(self, start: int, stop: int) -> Tensor:
         """(N, S): every client minus the base."""
         base_S = self.base(start, stop)
-        return torch.stack([self._widened(client_S, start, stop) - base_S for client_S in self._clients])
+        deltas_NS = torch.empty(len(self._clients), stop - start, dtype=self._dtype, device=self._run.device)
+        for delta_S, client_S in zip(deltas_NS, self._clients, strict=True):
+            torch.sub(self._widened(client_S, start, stop), base_S, out=delta_S)
+        return deltas_NS
 
     def weights(self, start: int, stop: int) -> Tensor:
         """(N, S): every client's own values."""
@@ -345,6 +360,21 @@ class _Inputs:
             delta_S = client_S[start:stop].to(self._run.device, torch.float64) - base_S
             total_S += delta_S.mul_(coefficient)
         return total_S.to(self._dtype)
+
+
+class _Once:
+    """A number that is worked out when it is first asked for, by whichever thread that is."""
+
+    def __init__(self, work_out: Callable[[], int]) -> None:
+        self._work_out = work_out
+        self._lock = threading.Lock()
+        self._value: int | None = None
+
+    def __call__(self) -> int:
+        with self._lock:
+            if self._value is None:
+                self._value = self._work_out()
+            return self._value
 
 
 class _Lazy:

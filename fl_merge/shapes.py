@@ -16,11 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fl_merge.errors import RecipeError
+from fl_merge.kernels import kernels_for
 from fl_merge.ops.draws import stream_key, uniform
+from fl_merge.ops.sparsify import keep_random
 from fl_merge.types import BASE, CohortSpec, Output, Read, Scope, TensorSpec, Whole
 
 ScopeName = Literal["tensor", "model"]
@@ -36,7 +39,7 @@ class Slice:
         scope_start: the first element's place within the scope of the survey (the tensor, or the whole model).
         spec: the cohort.
         survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
-        tally: the sum of the method's `tally` over the whole tensor; 0 where there is none.
+        count: counts the method's `tally` over the whole tensor; None where there is none.
         device: where the deltas are.
     """
 
@@ -46,21 +49,38 @@ class Slice:
     scope_start: int
     spec: CohortSpec
     survey_NK: Tensor
-    tally: int = 0
+    count: Callable[[], int] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot be changed)
 
     def index_S(self) -> Tensor:
         """(S,) int64: the place of each element within the survey's scope."""
         return torch.arange(self.scope_start, self.scope_start + self.stop - self.start, device=self.device)
 
+    @property
+    def tally(self) -> int:
+        """The sum of the method's `tally` over the whole tensor, counted when it is first asked for; 0 without one."""
+        return self.count() if self.count is not None else 0
+
+    def keep_random(self, deltas_NS: Tensor, density: float, *, rescale: bool) -> Tensor:
+        """The deltas with each element kept with probability `density`, by the draws of `uniform_NS`."""
+        if (kernels := kernels_for(deltas_NS)) is not None:
+            kept_NS = torch.empty_like(deltas_NS)
+            keys_N = np.array(self._keys(), dtype=np.uint64)
+            divisor = deltas_NS.numpy().dtype.type(density if rescale else 1.0)
+            kernels.keep_random(deltas_NS.numpy(), keys_N, self.start, density, divisor, kept_NS.numpy())
+            return kept_NS
+        return keep_random(deltas_NS, self.uniform_NS(), density, rescale=rescale)
+
+    def _keys(self) -> list[int]:
+        spec = self.spec
+        return [stream_key(spec.seed, spec.round, client_id, self.tensor) for client_id in spec.client_ids]
+
     def uniform_NS(self) -> Tensor:
         """(N, S) float64: one draw from [0, 1) an element and client, the same whatever the slicing or the cohort.
 
         Keyed by (seed, round, client id, tensor name, element index).
         """
-        spec = self.spec
-        keys = [stream_key(spec.seed, spec.round, client_id, self.tensor) for client_id in spec.client_ids]
-        return torch.stack([uniform(key, self.start, self.stop) for key in keys]).to(self.device)
+        return torch.stack([uniform(key, self.start, self.stop) for key in self._keys()]).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,8 @@ class Coordinate:
         combine: from a slice of the deltas (N, S), the weights (N,) float64 and a `Slice` to the merged delta (S,).
             An element's result may depend on its own deltas, its index and the slice's survey, draws and tally only.
         survey: from one client's whole delta, flattened, to K float64 numbers (thresholds, norms).
-        tally: elementwise like `combine`, giving whole numbers; their sum over the tensor stands in `Slice.tally`.
+        tally: elementwise like `combine`, giving whole numbers; their sum over the tensor is `Slice.tally`
+            (a pass over the tensor, made only if it is asked for).
         scope: what the survey runs over: each tensor, or the whole model's delta as one vector (in order of name).
     """
 

@@ -3,7 +3,6 @@ from torch import Tensor
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
-from fl_merge.ops.sparsify import keep_random
 from fl_merge.shapes import Coordinate, Slice
 
 
@@ -25,7 +24,7 @@ def dare_linear(*, density: Density = 0.5, scale: Scale = 1.0, rescale: bool = T
     """
 
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        kept_NS = keep_random(deltas_NS, at.uniform_NS(), density, rescale=rescale)
+        kept_NS = at.keep_random(deltas_NS, density, rescale=rescale)
         return scale * weighted_sum(kept_NS, weights_N)
 
     return Coordinate(combine)

@@ -2,9 +2,7 @@ from torch import Tensor
 
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
-from fl_merge.ops.combine import disjoint_mean, disjoint_sum
-from fl_merge.ops.consensus import Election, elect_sign, settle_draws
-from fl_merge.ops.sparsify import keep_random
+from fl_merge.ops.consensus import Election, disjoint_merge, elect_sign
 from fl_merge.shapes import Coordinate, Slice
 
 
@@ -32,15 +30,11 @@ def dare_ties(
     kept it: with `rescale` the merged delta comes out larger than without dropping, as in the paper's own combination.
     """
 
-    def kept(deltas_NS: Tensor, at: Slice) -> Tensor:
-        return keep_random(deltas_NS, at.uniform_NS(), density, rescale=rescale)
-
     def elected(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        return elect_sign(kept(deltas_NS, at), weights_N, election)
+        return elect_sign(at.keep_random(deltas_NS, density, rescale=rescale), weights_N, election)
 
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        kept_NS = kept(deltas_NS, at)
-        sign_S = settle_draws(elect_sign(kept_NS, weights_N, election), at.tally)
-        return scale * (disjoint_mean if normalize else disjoint_sum)(kept_NS, weights_N, sign_S)
+        kept_NS = at.keep_random(deltas_NS, density, rescale=rescale)
+        return scale * disjoint_merge(kept_NS, weights_N, election, lambda: at.tally, normalize=normalize)
 
     return Coordinate(combine, tally=elected)

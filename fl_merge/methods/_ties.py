@@ -5,9 +5,8 @@ from torch import Tensor
 
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
-from fl_merge.ops.combine import disjoint_mean, disjoint_sum
-from fl_merge.ops.consensus import Election, elect_sign, settle_draws
-from fl_merge.ops.sparsify import keep_count, keep_largest, largest_cutoff
+from fl_merge.ops.consensus import Election, disjoint_merge, elect_sign
+from fl_merge.ops.sparsify import keep_count, largest_cutoff, trim_to_largest
 from fl_merge.shapes import Coordinate, ScopeName, Slice
 
 
@@ -38,22 +37,14 @@ def ties(
     """
 
     def trim(deltas_NS: Tensor, at: Slice) -> Tensor:
-        index_S = at.index_S()
-        return torch.stack(
-            [
-                keep_largest(delta_S, index_S, threshold, int(last))
-                for delta_S, (threshold, last) in zip(deltas_NS, at.survey_NK.tolist(), strict=True)
-            ]
-        )
+        return trim_to_largest(deltas_NS, at.scope_start, at.survey_NK)
 
     def elected(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         return elect_sign(trim(deltas_NS, at), weights_N, election)
 
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         trimmed_NS = trim(deltas_NS, at)
-        sign_S = settle_draws(elect_sign(trimmed_NS, weights_N, election), at.tally)
-        merged_S = (disjoint_mean if normalize else disjoint_sum)(trimmed_NS, weights_N, sign_S)
-        return scale * merged_S
+        return scale * disjoint_merge(trimmed_NS, weights_N, election, lambda: at.tally, normalize=normalize)
 
     return Coordinate(combine, survey=functools.partial(_cutoff, density), tally=elected, scope=scope)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+from fl_merge.kernels import kernels_for
 
 
 def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
@@ -19,6 +24,10 @@ def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
     Returns:
         (S,), in the dtype of the deltas.
     """
+    if (kernels := kernels_for(deltas_NS)) is not None:
+        out_S = torch.empty_like(deltas_NS[0])
+        kernels.weighted_sum(deltas_NS.numpy(), numpy_weights(weights_N, deltas_NS), out_S.numpy())
+        return out_S
     total_S = deltas_NS[0] * float(weights_N[0])
     for delta_S, weight in zip(deltas_NS[1:], weights_N[1:].tolist(), strict=True):
         total_S += delta_S * weight
@@ -50,6 +59,11 @@ def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor
     Args and Returns: as `disjoint_mean`.
     """
     return weighted_sum(deltas_NS * _agreement(deltas_NS, sign_S), weights_N)
+
+
+def numpy_weights(weights_N: Tensor, like: Tensor) -> np.ndarray[Any, Any]:
+    """The weights in the dtype of the deltas, as torch rounds a number that multiplies a tensor."""
+    return weights_N.to(like.dtype).cpu().numpy()
 
 
 def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fl_merge.ops.combine import weighted_sum
+from fl_merge.kernels import kernels_for
+from fl_merge.ops.combine import disjoint_mean, disjoint_sum, numpy_weights, weighted_sum
 
 Election = Literal["total", "frequency"]
 
@@ -25,7 +28,37 @@ def elect_sign(deltas_NS: Tensor, weights_N: Tensor, election: Election = "total
     """
     if election == "frequency":
         return deltas_NS.sign().sum(dim=0).sign()
+    if (kernels := kernels_for(deltas_NS)) is not None:
+        out_S = torch.empty_like(deltas_NS[0])
+        kernels.elect_total(deltas_NS.numpy(), numpy_weights(weights_N, deltas_NS), out_S.numpy())
+        return out_S
     return weighted_sum(deltas_NS, weights_N).sign()
+
+
+def disjoint_merge(
+    deltas_NS: Tensor, weights_N: Tensor, election: Election, tally: Callable[[], int], *, normalize: bool
+) -> Tensor:
+    """Elect a sign for each element, then average (or sum) the deltas that have it: steps 2 and 3 of TIES.
+
+    Args:
+        deltas_NS: (N, S), trimmed.
+        weights_N: (N,), float64, > 0.
+        election: as `elect_sign`.
+        tally: gives the sum of the whole tensor's elected signs; asked only if an element's deltas cancel exactly.
+        normalize: the mean over the clients with the elected sign, or else the sum.
+
+    Returns:
+        (S,), in the dtype of the deltas.
+    """
+    if election == "total" and (kernels := kernels_for(deltas_NS)) is not None:
+        out_S = torch.empty_like(deltas_NS[0])
+        weights = numpy_weights(weights_N, deltas_NS)
+        if kernels.elect_disjoint(deltas_NS.numpy(), weights, normalize, out_S.numpy()):
+            return out_S
+    sign_S = elect_sign(deltas_NS, weights_N, election)
+    if ((sign_S == 0) & (deltas_NS != 0).any(dim=0)).any():
+        sign_S = settle_draws(sign_S, tally())
+    return (disjoint_mean if normalize else disjoint_sum)(deltas_NS, weights_N, sign_S)
 
 
 def settle_draws(sign_S: Tensor, tally: int) -> Tensor:

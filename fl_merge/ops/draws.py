@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fl_merge.kernels import after
+
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -29,6 +31,10 @@ def uniform(key: int, start: int, stop: int) -> Tensor:
     Returns:
         (stop - start,), float64, multiples of 2^-53.
     """
+    if (kernels := after(stop - start)) is not None:
+        out_S = torch.empty(stop - start, dtype=torch.float64)
+        kernels.uniform(np.uint64(key), start, out_S.numpy())
+        return out_S
     with np.errstate(over="ignore"):
         state = np.arange(start + 1, stop + 1, dtype=np.uint64)
         state *= _GAMMA
