@@ -37,6 +37,7 @@ format: setup  ## apply the formatter
 
 bench: setup  ## measure side by side with the peers
 	@$(PY) benchmarks/simulate.py
+	@$(PY) benchmarks/engine.py --quick
 
 clean:  ## remove .venv, caches and runs
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
