@@ -25,13 +25,13 @@ import json
 import math
 import os
 import platform
+import select
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -61,6 +61,8 @@ FLOWER_ROBUST = {  # Flower's strategy, its settings, and the method of ours tha
     "MultiKrum": ({"num_malicious_nodes": 1, "num_nodes_to_select": 4}, "multi_krum"),
 }
 SAMPLE_SECONDS = 0.002
+UNSTABLE = 0.5
+"""The spread, (slowest - fastest) / median, from which a row's ratios say little."""
 
 console = Console(width=max(132, Console().width), highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -74,6 +76,7 @@ class Measured:
     cpu: float
     extra: int | None
     spread: float
+    best: float
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Bench:
             statistics.median(run.cpu for run in runs),
             int(statistics.median(extras)) if extras else None,
             (max(walls) - min(walls)) / statistics.median(walls),
+            min(walls),
         )
 
 
@@ -219,18 +223,16 @@ def run_worker(python: str, job: dict[str, Any]) -> Measured:
             if process.stdout.readline() == "ready\n":
                 before = anonymous_bytes(process.pid)
                 highest = before or 0
-                os.set_blocking(process.stdout.fileno(), False)
                 process.stdin.write("\n")
                 process.stdin.flush()
-                answer = ""
-                while not answer.endswith("\n") and process.poll() is None:
-                    time.sleep(SAMPLE_SECONDS)
+                while not select.select([process.stdout], [], [], SAMPLE_SECONDS)[0]:
                     highest = max(highest, anonymous_bytes(process.pid) or 0)
-                    answer += process.stdout.readline()
+                highest = max(highest, anonymous_bytes(process.pid) or 0)
+                answer = process.stdout.readline()  # empty if the worker has died
                 if answer:
                     seconds = json.loads(answer)
                     extra = None if before is None else highest - before
-                    return Measured(seconds["wall"], seconds["cpu"], extra, 0.0)
+                    return Measured(seconds["wall"], seconds["cpu"], extra, 0.0, seconds["wall"])
             process.wait()
             errors.seek(0)
             lines = errors.read().strip().splitlines()
@@ -342,7 +344,17 @@ def side_by_side(bench: Bench, arguments: argparse.Namespace, dtype: str, mergek
         header_style="bold",
     )
     table.add_column("work", no_wrap=True)
-    for heading in ("wall s", "spread", "CPU s", "extra MB", "x floor", "CPU x floor", "x ours", "CPU x ours"):
+    for heading in (
+        "wall s",
+        "best s",
+        "spread",
+        "CPU s",
+        "extra MB",
+        "x floor",
+        "CPU x floor",
+        "x ours",
+        "CPU x ours",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         mine = results.get(row.label)
@@ -350,11 +362,16 @@ def side_by_side(bench: Bench, arguments: argparse.Namespace, dtype: str, mergek
             table.add_row(row.label, "failed")
             continue
         extra = "" if mine.extra is None else f"{mine.extra / 1e6:.0f}"
-        seconds = (f"{mine.wall:.3f}", f"{mine.spread:.0%}", f"{mine.cpu:.3f}", extra)
+        seconds = (f"{mine.wall:.3f}", f"{mine.best:.3f}", f"{mine.spread:.0%}", f"{mine.cpu:.3f}", extra)
         table.add_row(
             row.label, *seconds, *ratios(mine, results.get(row.floor)), *ratios(mine, results.get(row.against))
         )
     console.print(table)
+    unstable = [row.label for row in rows if row.label in results and results[row.label].spread > UNSTABLE]
+    if unstable:
+        console.print(
+            f"\nUnstable (spread over {UNSTABLE:.0%}), not to be quoted: {'; '.join(unstable)}", soft_wrap=True
+        )
 
 
 def ratios(mine: Measured, other: Measured | None) -> tuple[str, str]:

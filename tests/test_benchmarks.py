@@ -28,7 +28,7 @@ def test_a_tiny_run_prints_the_table_and_leaves_no_file(tmp_path):
     assert "2 models of 10,256 parameters, bfloat16" in done.stdout
     assert "floor, files, 2 models" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("files: weighted_average"))
-    assert len(row.split()) == 2 + 6  # wall, spread, CPU, extra memory, two ratios to the floor
+    assert len(row.split()) == 2 + 7  # wall, best, spread, CPU, extra memory, two ratios to the floor
     assert not list(tmp_path.iterdir())
 
 
