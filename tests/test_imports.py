@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "methods": {"hyperparameters", "method", "shapes", "ops", "types", "errors"},
     "execute": {"shapes", "ops.gram", "types", "errors"},
     "store": {"types", "errors"},
+    "spill": {"store", "types", "errors"},
     "check": {"types", "errors"},
     "codecs": {"types", "errors"},
     "merging": {"method", "execute", "check", "store", "types", "errors"},
-    "rounds": {"execute", "check", "store", "types", "errors"},
+    "rounds": {"execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"store", "types", "errors"},
     "flower": {
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "method",
         "execute",
         "check",
+        "spill",
         "store",
         "codecs",
         "types",
@@ -64,7 +66,7 @@ ELSEWHERE = {
     "yaml": {"recipe", "flower"},
     "typer": {"cli"},
     "rich": {"cli", "flower"},
-    "pathlib": {"store", "recipe", "runs", "flower", "cli"},
+    "pathlib": {"store", "spill", "recipe", "runs", "flower", "cli"},
 }
 """Libraries that only some parts may import."""
 
