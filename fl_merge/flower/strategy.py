@@ -344,23 +344,22 @@ class FedMerge(Strategy):
             watcher.replied(collected.number, client_id, refusal, time.perf_counter() - started)
         if refusal is not None:
             return None
-        if self.train_metrics_aggr_fn is None:
-            return RecordDict(dict(message.content.metric_records.items()))
+        if self.train_metrics_aggr_fn is None:  # nobody will ask
+            return RecordDict()
         if arrays_too:
             return message.content
-        return RecordDict(
-            {name: record for name, record in message.content.items() if not isinstance(record, ArrayRecord)}
-        )
+        # Not by `content.array_records`: it makes the content refer to itself, and its bytes wait for the collector.
+        return RecordDict({key: each for key, each in message.content.items() if not isinstance(each, ArrayRecord)})
 
     def _read_update(self, client_id: str, content: RecordDict) -> Update:
         num_examples, metrics = self._read_metrics(content)
-        records = list(content.array_records.values())
+        records = [record for record in content.values() if isinstance(record, ArrayRecord)]
         if len(records) != 1:
             raise DecodeError(f"{len(records)} ArrayRecords, wanted one")
         return Update(client_id, num_examples, RecordSource(records[0]), metrics)
 
     def _read_metrics(self, content: RecordDict) -> tuple[float, dict[str, Any]]:
-        records = list(content.metric_records.values())
+        records = [record for record in content.values() if isinstance(record, MetricRecord)]
         if len(records) != 1:
             raise DecodeError(f"{len(records)} MetricRecords, wanted one")
         if self.weighted_by_key not in records[0]:
