@@ -1,5 +1,6 @@
 """FedMerge with updates on disk: the same model, folders that are gone afterwards, and memory that does not grow."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -203,9 +204,13 @@ print(f"{peak - before:.1f}")
 
 
 def extra_megabytes(clients, folder, method="weighted_average"):
-    """Peak anonymous memory of a second round, above what the process had before it."""
+    """Peak anonymous memory of a second round, above what the process had before it.
+
+    glibc is told to give large blocks back when they are freed: measured is what is held, not what it sets aside.
+    """
     command = [sys.executable, "-c", MEASURED, str(clients), str(folder), method]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "2"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return float(ended.stdout)
 
@@ -214,4 +219,4 @@ def extra_megabytes(clients, folder, method="weighted_average"):
 def test_memory_is_that_of_one_model_however_many_clients_there_are(tmp_path):
     few, many = extra_megabytes(8, tmp_path), extra_megabytes(24, tmp_path)
     assert max(few, many) < 1.5 * 20 + 100, (few, many)
-    assert many - few < 40, (few, many)  # sixteen messages more are 320 MB
+    assert many - few < 20, (few, many)  # sixteen messages more are 320 MB
