@@ -19,6 +19,7 @@ from torch import Tensor
 from fl_merge.check import MAX_NUM_EXAMPLES, check_update
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, one_line
 from fl_merge.execute import MergeReport, execute, merged_specs
+from fl_merge.spill import Spill
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
 
@@ -211,6 +212,9 @@ class Round:
         seed: of the run.
         max_num_examples: the largest number of examples a client may claim.
         wire: the floating dtype in which the next model is sent; None for the base's.
+        spill: where accepted updates are kept until they are merged; None for in memory. It is the caller's, who closes
+            it after `merge`. If it cannot keep an update the round makes no model: which clients are in it would be a
+            matter of who was first.
     """
 
     def __init__(
@@ -225,6 +229,7 @@ class Round:
         seed: int = 0,
         max_num_examples: float = MAX_NUM_EXAMPLES,
         wire: torch.dtype | None = None,
+        spill: Spill | None = None,
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -234,6 +239,8 @@ class Round:
         self._seed = seed
         self._max_num_examples = max_num_examples
         self._wire = wire
+        self._spill = spill
+        self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
         self._accepted: list[Accepted] = []
         self._refused: dict[str, Refusal] = {}
@@ -255,6 +262,8 @@ class Round:
             return self.refuse(client_id, "was not asked in this round")
         if client_id in self._updates or client_id in self._refused:
             return Refusal(client_id, "replied twice; the first reply counts")
+        if self._not_kept is not None:
+            return self.refuse(client_id, "came after the server could keep no more updates")
         try:
             update = self._read(read)
             check_update(
@@ -264,8 +273,13 @@ class Round:
                 values=self._values,
                 tied=self._model.tied,
             )
+            if self._spill is not None:
+                update = self._spill.keep(update)
         except UpdateError as error:
             return self.refuse(client_id, error.problem, error.tensor)
+        except MergeError as error:  # no fault of this client's
+            self._not_kept = str(error)
+            return self.refuse(client_id, "the server could not keep it")
         self._updates[client_id] = update
         size = sum(spec.nbytes for spec in update.tensors.specs().values())
         self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
@@ -294,8 +308,10 @@ class Round:
         for client_id in self.sampled:
             if client_id not in self._updates and client_id not in self._refused:
                 self.refuse(client_id, "no reply before the deadline")
-        model, merge, failure = None, None, None
-        if len(self._updates) < self.min_replies:
+        model, merge, failure = None, None, self._not_kept
+        if failure is not None:
+            pass
+        elif len(self._updates) < self.min_replies:
             failure = (
                 f"{len(self._updates)} usable replies of {len(self.sampled)} clients, wanted at least "
                 f"{self.min_replies} (min_replies)"

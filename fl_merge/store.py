@@ -286,31 +286,16 @@ class _Shard:
     def __init__(self, final: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.final = final
         self.temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        offset = 0
-        # The widest elements first, so that every tensor is aligned to its element size.
-        for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
-            spec = specs[name]
-            header[name] = {
-                "dtype": SAFETENSORS_DTYPES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.data_bytes = offset
-        self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+        head, self._start, self.data_bytes = layout(specs, metadata)
         try:
             with open(self.temporary, "wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                if offset:
-                    _claim(file.fileno(), 8 + len(text), offset)
+                file.write(head)
+                claim(file.fileno(), len(head), self.data_bytes)
             with open(self.temporary, "r+b") as file:
                 self._map = mmap.mmap(file.fileno(), 0)
         except OSError as error:
             self.temporary.unlink(missing_ok=True)
-            raise MergeError(f"cannot write '{final}' ({offset:,} bytes): {error.strerror}") from error
+            raise MergeError(f"cannot write '{final}' ({self.data_bytes:,} bytes): {error.strerror}") from error
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
         data = values_S.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -323,8 +308,34 @@ class _Shard:
             self._map.close()
 
 
-def _claim(descriptor: int, start: int, count: int) -> None:
+def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """How a safetensors file of these tensors is laid out.
+
+    Returns:
+        The bytes that it begins with, where in the file each tensor's begin (in the order in which they stand there),
+        and how many bytes of tensors there are.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset, places = 0, {}
+    # The widest elements first, so that every tensor is aligned to its element size.
+    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+        spec = specs[name]
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        places[name] = offset
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + at for name, at in places.items()}, offset
+
+
+def claim(descriptor: int, start: int, count: int) -> None:
     """Make room in a file now: a full disk is then an error here, and not a crash in the mapping of the file."""
+    if not count:
+        return
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, start, count)
     else:  # macOS: the space is not claimed, but the file is as long as it must be

@@ -23,10 +23,11 @@ MAY_IMPORT = {
     "methods": {"hyperparameters", "method", "shapes", "ops", "types", "errors"},
     "execute": {"shapes", "ops.gram", "types", "errors"},
     "store": {"types", "errors"},
+    "spill": {"store", "types", "errors"},
     "check": {"types", "errors"},
     "codecs": {"types", "errors"},
     "merging": {"method", "execute", "check", "store", "types", "errors"},
-    "rounds": {"execute", "check", "store", "types", "errors"},
+    "rounds": {"execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"store", "types", "errors"},
     "flower": {
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "method",
         "execute",
         "check",
+        "spill",
         "store",
         "codecs",
         "types",
@@ -66,7 +68,7 @@ ELSEWHERE = {
     "numba": {"kernels"},
     "typer": {"cli"},
     "rich": {"cli", "flower"},
-    "pathlib": {"store", "recipe", "runs", "flower", "cli"},
+    "pathlib": {"store", "spill", "recipe", "runs", "flower", "cli"},
 }
 """Libraries that only some parts may import."""
 

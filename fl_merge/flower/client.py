@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fl_merge.errors import DecodeError
@@ -27,7 +27,7 @@ def receive(message: Message) -> dict[str, Tensor]:
     Raises:
         DecodeError: if the message does not hold exactly one ArrayRecord of tensors.
     """
-    records = list(message.content.array_records.values())
+    records = [record for record in message.content.values() if isinstance(record, ArrayRecord)]
     if len(records) != 1:
         raise DecodeError(f"message with {len(records)} ArrayRecords, wanted one")
     return to_tensors(records[0])

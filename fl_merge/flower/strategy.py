@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
@@ -22,9 +24,13 @@ from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.spill import Spill
 from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
+
+SPILL_ABOVE_BYTES = 10**9
+"""More bytes of updates in a round than this are kept on disk unless the operator says otherwise."""
 
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -53,7 +59,8 @@ class FedMerge(Strategy):
         weighted_by_key: the metric that holds a client's number of examples.
         arrayrecord_key, configrecord_key: names of the records in messages to clients.
         train_metrics_aggr_fn, evaluate_metrics_aggr_fn: from the usable replies and `weighted_by_key` to the round's
-            metrics; by default each metric's mean over the clients that sent it, weighted by their examples.
+            metrics; by default each metric's mean over the clients that sent it, weighted by their examples. Replies
+            whose arrays are kept on disk come without them.
         min_replies: usable updates that a round needs; by default all sampled less the tolerated failures, at least 2.
         max_failures: the tolerated failures, as a fraction of the sampled nodes.
         max_num_examples: the largest number of examples that is believed.
@@ -62,6 +69,12 @@ class FedMerge(Strategy):
         wire_dtype: send clients the model in this floating dtype ("bfloat16"); by default in the model's own. The
             server keeps float32 either way.
         tied: names of tensors that are another name's tensor (tied weights) and are merged once with it.
+        spill_folder: keep every round's updates on disk there until they are merged (see `fl_merge.spill`): the server
+            then has about one model in memory, not one a client, and merges to the same bytes. None: in the system's
+            temporary folder, and only in rounds above `spill_above_bytes`. A folder in memory (tmpfs) saves nothing.
+        max_spill_bytes: of a round's updates on disk; each sampled client may take an equal share. None: no limit.
+        spill_above_bytes: without a `spill_folder`, the sampled nodes times the model's bytes above which updates are
+            kept on disk (1 GB); None for never.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -89,6 +102,9 @@ class FedMerge(Strategy):
         seed: int = 0,
         wire_dtype: str | None = None,
         tied: Mapping[str, str] | None = None,
+        spill_folder: str | Path | None = None,
+        max_spill_bytes: int | None = None,
+        spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         for name, count in {
@@ -98,6 +114,8 @@ class FedMerge(Strategy):
         }.items():
             whole_number(name, count, 0)
         whole_number("min_replies", 1 if min_replies is None else min_replies, 1)
+        whole_number("max_spill_bytes", 1 if max_spill_bytes is None else max_spill_bytes, 1)
+        whole_number("spill_above_bytes", 0 if spill_above_bytes is None else spill_above_bytes, 0)
         in_range("fraction_train", fraction_train, 0.0, 1.0)
         in_range("fraction_evaluate", fraction_evaluate, 0.0, 1.0)
         in_range("max_failures", max_failures, 0.0, 1.0)
@@ -121,6 +139,9 @@ class FedMerge(Strategy):
         self.seed = seed
         self.wire_dtype = wire_dtype_of(wire_dtype)
         self.tied = dict(tied or {})
+        self.spill_folder = None if spill_folder is None else Path(spill_folder)
+        self.max_spill_bytes = max_spill_bytes
+        self.spill_above_bytes = spill_above_bytes
         self.watchers = tuple(watchers)
         self._model: GlobalModel | None = None
         self._record: ArrayRecord | None = None  # `_model` as it is given out
@@ -235,9 +256,24 @@ class FedMerge(Strategy):
             if self._merged_rounds == 0:
                 raise RecipeError(problem)
             return self._no_round(server_round, problem)
+        try:
+            with self._spill(len(nodes)) as spill:
+                if spill is not None:
+                    spill.open()
+        except MergeError as error:  # before clients train for nothing
+            if self._merged_rounds == 0:
+                raise RunFailedError(str(error)) from error
+            return self._no_round(server_round, str(error))
         for watcher in self._watchers():
             watcher.round_started(server_round, tuple(str(node) for node in nodes))
         return self._messages(server_round, config, nodes, MessageType.TRAIN)
+
+    def _spill(self, clients: int) -> Spill | contextlib.nullcontext[None]:
+        """Where the updates of a round of so many clients are kept; None for in memory."""
+        num_bytes = clients * sum(spec.nbytes for spec in self.model.specs().values())
+        if self.spill_folder is None and (self.spill_above_bytes is None or num_bytes <= self.spill_above_bytes):
+            return contextlib.nullcontext()
+        return Spill(self.spill_folder, self.max_spill_bytes, clients)
 
     def _no_round(self, server_round: int, why: str) -> list[Message]:
         """A round that asks nobody, because too few nodes are left: it fails, and the model stands."""
@@ -257,22 +293,29 @@ class FedMerge(Strategy):
         """
         if not self._asked:
             return None, None
-        collected = Round(
-            server_round,
-            self.model,
-            self.method,
-            tuple(str(about.dst_node_id) for about in self._asked),
-            min_replies=self.min_replies,
-            max_failures=self.max_failures,
-            seed=self.seed,
-            max_num_examples=self.max_num_examples,
-            wire=self.wire_dtype,
-        )
         contents: dict[str, RecordDict] = {}
         askers = self._asked_by_id()
-        for message in replies:
-            self._take_in(collected, _client_of(message, askers), message, contents)
-        model, report = collected.merge()
+        with self._spill(len(self._asked)) as spill:
+            collected = Round(
+                server_round,
+                self.model,
+                self.method,
+                tuple(str(about.dst_node_id) for about in self._asked),
+                min_replies=self.min_replies,
+                max_failures=self.max_failures,
+                seed=self.seed,
+                max_num_examples=self.max_num_examples,
+                wire=self.wire_dtype,
+                spill=spill,
+            )
+            for message in replies:
+                client_id = _client_of(message, askers)
+                kept = self._take_in(collected, client_id, message, arrays_too=spill is None)
+                if kept is not None:
+                    contents[client_id] = kept
+                del message  # or it would stay until the next one is there
+            model, report = collected.merge()
+            del collected  # and with it the updates
         self._log(report.refused, len(report.accepted), "train")
         metrics = None
         if model is None:
@@ -288,28 +331,35 @@ class FedMerge(Strategy):
             watcher.round_ended(report, self.model)
         return (None, None) if model is None else (self._record, metrics)
 
-    def _take_in(self, collected: Round, client_id: str, message: Message, contents: dict[str, RecordDict]) -> None:
+    def _take_in(
+        self, collected: Round, client_id: str, message: Message, *, arrays_too: bool = True
+    ) -> RecordDict | None:
+        """Offer a reply to the round; gives what the round's metrics are made of, None if it was refused."""
         started = time.perf_counter()
         if message.has_error():
             refusal: Refusal | None = collected.refuse(client_id, f"client error: {_last_line(message.error.reason)}")
         else:
             refusal = collected.offer(client_id, lambda: self._read_update(client_id, message.content))
-        if refusal is None:
-            contents[client_id] = RecordDict(dict(message.content.metric_records.items()))
-            if self.train_metrics_aggr_fn is not None:
-                contents[client_id] = message.content
         for watcher in self._watchers():
             watcher.replied(collected.number, client_id, refusal, time.perf_counter() - started)
+        if refusal is not None:
+            return None
+        if self.train_metrics_aggr_fn is None:  # nobody will ask
+            return RecordDict()
+        if arrays_too:
+            return message.content
+        # Not by `content.array_records`: it makes the content refer to itself, and its bytes wait for the collector.
+        return RecordDict({key: each for key, each in message.content.items() if not isinstance(each, ArrayRecord)})
 
     def _read_update(self, client_id: str, content: RecordDict) -> Update:
         num_examples, metrics = self._read_metrics(content)
-        records = list(content.array_records.values())
+        records = [record for record in content.values() if isinstance(record, ArrayRecord)]
         if len(records) != 1:
             raise DecodeError(f"{len(records)} ArrayRecords, wanted one")
         return Update(client_id, num_examples, RecordSource(records[0]), metrics)
 
     def _read_metrics(self, content: RecordDict) -> tuple[float, dict[str, Any]]:
-        records = list(content.metric_records.values())
+        records = [record for record in content.values() if isinstance(record, MetricRecord)]
         if len(records) != 1:
             raise DecodeError(f"{len(records)} MetricRecords, wanted one")
         if self.weighted_by_key not in records[0]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -214,3 +217,82 @@ def test_evaluations_by_nodes_that_were_not_asked_do_not_count() -> None:
     stranger.metadata.__dict__["_reply_to_message_id"] = "elsewhere"
     metrics = strategy.aggregate_evaluate(1, [stranger, *replies, replies[0]])
     assert dict(metrics) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize("slow", [{1}, {1, 2, 3, 4}, {2, 5, 8}])
+def test_clients_that_never_end_their_upload_do_not_hold_up_the_others(slow: set[int], monkeypatch) -> None:
+    """More of them than replies are fetched at a time."""
+    monkeypatch.setattr("fl_merge.flower.replies._PATIENCE", 0.1)
+    monkeypatch.setattr("fl_merge.flower.replies._LAST_PATIENCE", 0.2)
+    over = threading.Event()
+
+    class Uploading(RemoteGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            (message_id,) = message_ids
+            if self.nodes[int(message_id.split()[-1])] in slow:
+                over.wait(30)
+            return super().pull_messages([message_id])
+
+    started = time.monotonic()
+    try:
+        grid = Uploading(range(1, 9), lambda message: trained(message, float(message.metadata.dst_node_id)))
+        merged, (report,) = run(grid, timeout=1.0)
+        assert time.monotonic() - started < 5.0
+    finally:
+        over.set()
+    others = set(range(1, 9)) - slow
+    assert {int(entry.client_id) for entry in report.accepted} == others
+    assert {(int(entry.client_id), entry.reason) for entry in report.refused} == {
+        (node, "no reply before the deadline") for node in slow
+    }
+    assert torch.equal(merged["w"], torch.full((3,), sum(others) / len(others)))
+
+
+def test_a_reply_that_comes_late_within_the_time_is_taken() -> None:
+    class Later(RemoteGrid):
+        since = 0.0
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            (message_id,) = message_ids
+            self.since = self.since or time.monotonic()
+            late = message_id.endswith("1") and time.monotonic() - self.since < 0.3
+            return [] if late else super().pull_messages([message_id])
+
+    started = time.monotonic()
+    _, (report,) = run(Later([1, 2, 3], lambda message: trained(message, 1.0)))
+    assert [entry.client_id for entry in report.accepted] == ["1", "3", "2"]
+    assert time.monotonic() - started < 3.0
+
+
+def test_at_most_two_replies_are_in_memory() -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+
+    class Counts(RemoteGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            nonlocal most
+            found = super().pull_messages(message_ids)
+            found = [trained(message, 1.0) for message in found]
+            alive.extend(weakref.ref(message.content["arrays"]) for message in found)
+            most = max(most, sum(each() is not None for each in alive))
+            return found
+
+    class Slow(Watcher):
+        def replied(self, *event) -> None:
+            time.sleep(0.02)
+
+    gc.disable()
+    try:
+        grid = Counts(range(1, 13), lambda message: message)
+        strategy = FedMerge(
+            weighted_average(),
+            fraction_evaluate=0.0,
+            watchers=[Slow()],
+            spill_above_bytes=0,
+            train_metrics_aggr_fn=None,
+        )
+        strategy.start(grid, to_record(BASE), num_rounds=1, timeout=5)
+    finally:
+        gc.enable()
+    assert len(alive) == 12
+    assert most == 2

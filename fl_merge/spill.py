@@ -1,0 +1,223 @@
+"""A folder on disk for one round's updates: the server then holds one model in memory, not one a client.
+
+An update that has passed the check is written as a safetensors file and read back through a mapping of it, slice by
+slice as it is merged. The elements are the same bit for bit, so the merged model is.
+
+Each `Spill` makes a folder of its own within the one that it is given, and holds a lock on it for as long as its
+process lives. Whoever finds such a folder without a lock knows that its process has died, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError
+from fl_merge.store import SAFETENSORS_DTYPES, SafetensorsSource, claim, layout
+from fl_merge.types import TensorSpec, Update
+
+if sys.platform != "win32":
+    import fcntl
+
+PREFIX = "fl-merge-spill-"
+"""With the process id and something random behind it, the name of a round's folder."""
+
+_UNLOCKED = f".{PREFIX}"
+"""What a folder's name begins with until it is locked (for good, where the file system has no locks); nobody takes such
+a folder for a dead process's."""
+
+
+class Spill:
+    """Keeps one round's updates on disk; a context manager, whose end removes them.
+
+    Args:
+        folder: where to make the round's folder; made if it is not there. None for the system's temporary folder.
+        max_bytes: of tensors, for all clients together; None for as much as the disk has.
+        clients: among how many `max_bytes` is shared out equally. Which updates fit then depends on neither the order
+            of arrival nor what other clients send.
+    """
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None, clients: int = 1) -> None:
+        self._parent = Path(tempfile.gettempdir() if folder is None else folder)
+        self._max_bytes = max_bytes
+        self._clients = max(clients, 1)
+        self._folder: Path | None = None
+        self._lock: int | None = None
+        self._count = 0
+
+    def open(self) -> Path:
+        """The round's folder; at the first call it is made, and what dead processes left beside it is removed.
+
+        Raises:
+            MergeError: if it cannot be made.
+        """
+        if self._folder is None:
+            try:
+                self._parent.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self._parent)
+                self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNLOCKED}{os.getpid()}-", dir=self._parent))
+                self._lock = _locked(self._folder)
+                if self._lock is not None:
+                    self._folder = self._folder.rename(self._folder.with_name(self._folder.name.removeprefix(".")))
+            except OSError as error:
+                self.close()
+                raise MergeError(
+                    f"cannot make a folder for updates in '{self._parent}' (spill_folder): {error.strerror}"
+                ) from error
+        return self._folder
+
+    def keep(self, update: Update) -> Update:
+        """The same update with its tensors on disk; nothing of what it was read from is referred to any more.
+
+        Args:
+            update: has passed the check.
+
+        Returns:
+            An update whose tensors are read from the file when they are asked for. A tensor of which the bytes are no
+            longer those that were written is a MergeError.
+
+        Raises:
+            UpdateError: if the update is larger than its share of `max_bytes`.
+            MergeError: if it cannot be written: the disk is full, say. Nothing of it is left there then.
+        """
+        specs = update.tensors.specs()
+        unknown = [name for name, spec in specs.items() if spec.dtype not in SAFETENSORS_DTYPES]
+        if unknown:
+            raise MergeError(f"tensor '{unknown[0]}': a safetensors file has no dtype for {specs[unknown[0]]}")
+        head, places, size = layout(specs, {})
+        if self._max_bytes is not None and size > self._max_bytes // self._clients:
+            raise UpdateError(
+                f"{size:,} bytes are more than a client's share of max_spill_bytes ({self._max_bytes:,} for "
+                f"{self._clients}); raise it to {size * self._clients:,}",
+                client_id=update.client_id,
+            )
+        final = self.open() / f"{self._count:06d}.safetensors"
+        temporary = final.with_suffix(".tmp")
+        self._count += 1
+        checksums = {}
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                claim(file.fileno(), 0, len(head) + size)
+                _write(file.fileno(), memoryview(head))
+                for name in places:
+                    data = _bytes_of(update.tensors.read(name))
+                    checksums[name] = zlib.crc32(data)
+                    _write(file.fileno(), data)
+            os.replace(temporary, final)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise MergeError(
+                f"cannot keep an update of {size:,} bytes in '{self._parent}' (spill_folder): {error.strerror}"
+            ) from error
+        return replace(update, tensors=SpilledTensors(final, checksums, update.client_id))
+
+    def close(self) -> None:
+        """Remove the folder and all that is in it; updates that are still mapped stay readable on POSIX systems."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SpilledTensors:
+    """A mapped safetensors file of which each tensor is compared with its checksum when it is first read."""
+
+    def __init__(self, path: Path, checksums: Mapping[str, int], client_id: str) -> None:
+        self._path = path
+        self._client_id = client_id
+        self._unchecked = dict(checksums)
+        self._size = path.stat().st_size
+        try:
+            self._source = SafetensorsSource(path)
+        except (DecodeError, RecipeError) as error:
+            raise self._changed(str(error)) from error
+        self._specs = dict(self._source.specs())
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Names, shapes and dtypes."""
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        """A view of the mapped file.
+
+        Raises:
+            MergeError: if it is not what was written.
+        """
+        # To touch what was cut off from a mapped file ends the process; one that was removed stays readable.
+        with contextlib.suppress(FileNotFoundError):
+            if (size := self._path.stat().st_size) != self._size:
+                raise self._changed(f"the file has {size:,} bytes, wanted {self._size:,}")
+        tensor = self._source.read(name)
+        wanted = self._unchecked.get(name)
+        if wanted is not None:
+            if zlib.crc32(_bytes_of(tensor)) != wanted:
+                raise self._changed(f"tensor '{name}' does not have its checksum")
+            self._unchecked.pop(name, None)
+        return tensor
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: the format stores each tensor once."""
+        return {}
+
+    def _changed(self, how: str) -> MergeError:
+        return MergeError(f"client '{self._client_id}': its update in '{self._path}' has changed since it came: {how}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the round folders of processes that have died; those of living ones are locked and stay."""
+    if sys.platform == "win32":  # nothing here tells the living from the dead
+        return
+    for left in folder.glob(f"{PREFIX}*"):
+        lock = _locked(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock on a folder until it is closed; None if it cannot be had."""
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or the file system has no locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat_S = tensor.detach().cpu().contiguous().view(-1)
+    return flat_S.view(torch.uint8).numpy().data if flat_S.numel() else memoryview(b"")
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    while data.nbytes:
+        data = data[os.write(descriptor, data) :]
