@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fl_merge.errors import MergeError
+from fl_merge.ops.combine import add_scaled_delta
 from fl_merge.ops.gram import BLOCK, gram_from_partials, gram_partials
 from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, WeightedSum
 from fl_merge.types import (
@@ -357,8 +358,7 @@ class _Inputs:
         base_S = self._base_S[start:stop].to(self._run.device, torch.float64)
         total_S = base_S * base_coefficient
         for client_S, coefficient in zip(self._clients, coefficients_N, strict=True):
-            delta_S = client_S[start:stop].to(self._run.device, torch.float64) - base_S
-            total_S += delta_S.mul_(coefficient)
+            add_scaled_delta(total_S, base_S, client_S[start:stop], coefficient)
         return total_S.to(self._dtype)
 
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "hyperparameters": {"errors"},
     "method": {"hyperparameters", "types", "errors"},
     "methods": {"hyperparameters", "method", "shapes", "ops", "types", "errors"},
-    "execute": {"shapes", "ops.gram", "types", "errors"},
+    "execute": {"shapes", "ops.combine", "ops.gram", "types", "errors"},
     "store": {"types", "errors"},
     "spill": {"store", "types", "errors"},
     "check": {"types", "errors"},

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_merge import METHODS, kernels, merge
-from fl_merge.ops.combine import weighted_sum
+from fl_merge.ops.combine import add_scaled_delta, weighted_sum
 from fl_merge.ops.consensus import disjoint_merge, elect_sign
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.sparsify import keep_count, largest_cutoff, trim_to_largest
@@ -77,6 +77,21 @@ def test_every_kernel_equals_its_definition(size, dtype):
     ):
         defined, compiled = both(compute)
         assert defined == compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_delta_is_added_the_same_by_kernel_and_definition(size, dtype):
+    base_S = deltas_of(size, torch.float64)[0]
+    client_S = deltas_of(size)[1].clamp(-6e4, 6e4).to(dtype)
+
+    def added():
+        total_S = base_S * 0.5
+        add_scaled_delta(total_S, base_S, client_S, 0.3)
+        return total_S
+
+    defined, compiled = both(added)
+    assert defined == compiled
 
 
 @given(

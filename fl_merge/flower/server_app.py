@@ -51,6 +51,8 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "wire-dtype": "",
     "seed": 0,
     "run-folder": "",
+    "spill-folder": "",
+    "max-spill-bytes": 0,
 }
 """The keys of the run config that the server reads, with their defaults. 0 or "" means: not set."""
 
@@ -106,6 +108,8 @@ def run(
         node_timeout=float(settings["node-timeout"]),
         seed=int(settings["seed"]),
         wire_dtype=str(settings["wire-dtype"]) or None,
+        spill_folder=str(settings["spill-folder"]) or None,
+        max_spill_bytes=int(settings["max-spill-bytes"]) or None,
         tied=tied_names(state),
         watchers=watchers,
     )

@@ -40,6 +40,26 @@ def weighted_sum(deltas_NS, weights_N, out_S):
 
 
 @_compile
+def add_scaled_delta(total_S, base_S, client_S, coefficient):
+    """total += (client - base) * coefficient in float64, for a client's float32 or float64."""
+    for s in range(total_S.size):
+        total_S[s] += (np.float64(client_S[s]) - base_S[s]) * coefficient
+
+
+@_compile
+def add_scaled_delta_bfloat16(total_S, base_S, bits_S, coefficient):
+    """The same for a client's bfloat16, given as its bits."""
+    wide_B = np.empty(BLOCK, np.uint32)
+    values_B = wide_B.view(np.float32)
+    for start in range(0, total_S.size, BLOCK):
+        block = min(BLOCK, total_S.size - start)
+        for s in range(block):
+            wide_B[s] = np.uint32(bits_S[start + s]) << np.uint32(16)
+        for s in range(block):
+            total_S[start + s] += (np.float64(values_B[s]) - base_S[start + s]) * coefficient
+
+
+@_compile
 def elect_total(deltas_NS, weights_N, out_S):
     count, size = deltas_NS.shape
     zero = deltas_NS.dtype.type(0)

@@ -68,3 +68,28 @@ def numpy_weights(weights_N: Tensor, like: Tensor) -> np.ndarray[Any, Any]:
 
 def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:
     return (deltas_NS.sign() == sign_S) & (sign_S != 0)
+
+
+def add_scaled_delta(total_S: Tensor, base_S: Tensor, client_S: Tensor, coefficient: float) -> None:
+    """total_S += (client_S - base_S) * coefficient, in place: a sum over clients is run one client at a time.
+
+    Args:
+        total_S, base_S: (S,), float64.
+        client_S: (S,), a floating dtype.
+        coefficient: of this client.
+    """
+    narrow_S = client_S.float() if client_S.dtype == torch.float16 else client_S
+    if (
+        narrow_S.is_contiguous()
+        and (kernels := kernels_for(total_S, base_S)) is not None
+        and narrow_S.device.type == "cpu"
+    ):
+        if narrow_S.dtype == torch.bfloat16:
+            bits = narrow_S.view(torch.uint16).numpy()
+            kernels.add_scaled_delta_bfloat16(total_S.numpy(), base_S.numpy(), bits, coefficient)
+            return
+        if narrow_S.dtype in (torch.float32, torch.float64):
+            kernels.add_scaled_delta(total_S.numpy(), base_S.numpy(), narrow_S.numpy(), coefficient)
+            return
+    delta_S = client_S.to(total_S.device, torch.float64) - base_S
+    total_S += delta_S.mul_(coefficient)
