@@ -1,7 +1,7 @@
 """Compiled versions of the hot functions in `fl_merge.ops`. The torch function is the definition; the kernel equals it.
 
 A kernel is used for float32 and float64 on the CPU. Importing numba and compiling takes seconds, once a machine (the
-compiled code is cached), so small merges never do it: kernels are loaded when some 30 million elements have gone
+compiled code is cached), so small merges never do it: kernels are loaded when some 100 million elements have gone
 through the definitions. Since both give the same bits, it does not matter when that is.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 logger = logging.getLogger("fl_merge")
 
-LOAD_AFTER = 1 << 25
+LOAD_AFTER = 1 << 27
 """Elements that go through the definitions before the kernels are loaded."""
 
 _lock = threading.Lock()
