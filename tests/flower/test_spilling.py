@@ -153,12 +153,14 @@ MEASURED = """
 import contextlib, ctypes, gc, sys, threading, time
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from fl_merge import kernels
 from fl_merge.flower import FedMerge, to_record
 from fl_merge.flower.inprocess import InProcessGrid
 from flwr.clientapp import ClientApp
 
 clients, folder, method = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(2)
+kernels.load()  # else numba's own memory would come in the middle, with however many elements that takes
 
 def anonymous():
     with open("/proc/self/status") as file:
