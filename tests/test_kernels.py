@@ -156,3 +156,19 @@ def test_they_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("FL_MERGE_NO_KERNELS", "1")
     kernels._tried, kernels._module = False, None
     assert kernels.load() is None
+
+
+def test_numba_that_finds_no_place_for_its_cache_is_one_notice_too(monkeypatch, caplog):
+    """On a read-only machine numba raises a RuntimeError while it is decorating, not an ImportError."""
+    import numba
+
+    def no_locator(*arguments, **options):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.delitem(sys.modules, "fl_merge.kernels.compiled", raising=False)
+    monkeypatch.delattr(kernels, "compiled", raising=False)
+    monkeypatch.setattr(numba, "njit", no_locator)
+    kernels._tried, kernels._module = False, None
+    with caplog.at_level(logging.WARNING, "fl_merge"):
+        assert kernels.load() is None
+    assert "no locator available" in caplog.text

@@ -52,7 +52,7 @@ def after(elements: int) -> ModuleType | None:
 
 
 def load() -> ModuleType | None:
-    """Import and compile the kernels now; None, with one notice, if there is no numba or FL_MERGE_NO_KERNELS is set."""
+    """Import and compile the kernels now; None, with one notice, if numba fails or FL_MERGE_NO_KERNELS is set."""
     global _module, _tried
     with _lock:
         if not _tried:
@@ -62,7 +62,7 @@ def load() -> ModuleType | None:
                 from fl_merge.kernels import compiled
 
                 _module = compiled
-            except ImportError as error:
+            except Exception as error:  # no numba, or nowhere to keep what it compiles (a read-only machine)
                 logger.warning("merging without compiled kernels, several times slower: %s", error)
             _tried = True
     return _module
