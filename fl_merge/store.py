@@ -95,6 +95,10 @@ class MemorySink:
         """Elements from `start` on."""
         self.tensors[name].view(-1)[start : start + values_S.numel()] = values_S
 
+    def place(self, name: str) -> Tensor:
+        """The tensor itself."""
+        return self.tensors[name].view(-1)
+
     def finish(self) -> None:
         """Nothing is left to do."""
 
@@ -226,6 +230,10 @@ class SafetensorsSink:
         """Elements from `start` on, to their place in the file."""
         self._place[name].write(name, start, values_S)
 
+    def place(self, name: str) -> Tensor:
+        """A view of the mapped file."""
+        return self._place[name].place(name)
+
     def finish(self) -> None:
         """Give the files their final names, the index last, and remove the model that it replaces."""
         for shard in self._shards:
@@ -249,8 +257,7 @@ class SafetensorsSink:
     def abort(self) -> None:
         """Remove the temporary files; a model that was there before is untouched."""
         for shard in self._shards:
-            with contextlib.suppress(BufferError):
-                shard.close()
+            shard.close()
             shard.temporary.unlink(missing_ok=True)
         for path in self._published:  # no index names them yet
             path.unlink(missing_ok=True)
@@ -286,26 +293,31 @@ class _Shard:
     def __init__(self, final: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.final = final
         self.temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        self._specs = specs
         head, self._start, self.data_bytes = layout(specs, metadata)
         try:
             with open(self.temporary, "wb") as file:
                 file.write(head)
                 claim(file.fileno(), len(head), self.data_bytes)
             with open(self.temporary, "r+b") as file:
-                self._map = mmap.mmap(file.fileno(), 0)
+                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0)
         except OSError as error:
             self.temporary.unlink(missing_ok=True)
             raise MergeError(f"cannot write '{final}' ({self.data_bytes:,} bytes): {error.strerror}") from error
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
-        data = values_S.contiguous().view(-1).view(torch.uint8).numpy().data
-        begin = self._start[name] + start * values_S.dtype.itemsize
-        self._map[begin : begin + len(data)] = data
+        self.place(name)[start : start + values_S.numel()] = values_S
+
+    def place(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        if spec.numel == 0:
+            return torch.empty(0, dtype=spec.dtype)
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=spec.dtype, count=spec.numel, offset=self._start[name])
 
     def close(self) -> None:
-        if not self._map.closed:
-            self._map.flush()
-            self._map.close()
+        """Let go of the mapping, which ends with the last tensor that looks into it."""
+        self._map = None
 
 
 def layout(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:

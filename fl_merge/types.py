@@ -101,6 +101,10 @@ class TensorSink(Protocol):
         """Elements from `start` on of the flattened tensor, in its dtype. Called from several threads."""
         ...
 
+    def place(self, name: str) -> Tensor | None:
+        """The whole tensor, flattened, to be written in place of calls of `write`; None if it is nowhere in memory."""
+        ...
+
     def finish(self) -> None:
         """Everything is written: make it visible."""
         ...

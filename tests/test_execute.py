@@ -391,6 +391,9 @@ def test_a_sink_that_fails_is_aborted():
         def write(self, name, start, values_S):
             raise OSError(28, "No space left on device")
 
+        def place(self, name):
+            return None
+
     sink = FullDisk()
     with pytest.raises(OSError, match="No space left"):
         execute(weighted_average(), cohort(ONE, TWO), sink)
