@@ -6,7 +6,6 @@ or none.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
