@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from fl_merge import kernels
 from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError, one_line
+from fl_merge.kernels.passes import largest_magnitude, readable
 from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
 
 MAX_NUM_EXAMPLES = 1e9
@@ -49,8 +53,9 @@ def check_update(
     try:
         check_num_examples(update.num_examples, max_num_examples)
         check_specs(update.tensors.specs(), base)
-        for name, spec in base.items():
-            check_finite(name, update.tensors.read(name), spec.dtype, values)
+        suspects = _not_plainly_finite({name: update.tensors.read(name) for name in base}, base)
+        for name, tensor in suspects:
+            check_finite(name, tensor, base[name].dtype, values)
         for name, first in (tied or {}).items():
             if not torch.equal(update.tensors.read(name), update.tensors.read(first)):
                 raise TensorMismatchError(f"differs from '{first}', to which it is tied in the base", tensor=name)
@@ -89,6 +94,34 @@ def check_specs(found: Mapping[str, TensorSpec], base: Mapping[str, TensorSpec])
         name, problem = min(problems)
         more = f" (and {len(problems) - 1} more tensors do not fit)" if len(problems) > 1 else ""
         raise TensorMismatchError(problem + more, tensor=name)
+
+
+def _not_plainly_finite(tensors: Mapping[str, Tensor], base: Mapping[str, TensorSpec]) -> Iterable[tuple[str, Tensor]]:
+    """The tensors that have to be looked at more closely: all but those whose largest magnitude is within limits.
+
+    The largest magnitudes are found by a compiled pass on all cores; without it, all tensors are looked at.
+    """
+    module = kernels.after(sum(tensor.numel() for tensor in tensors.values()))
+    flat = {name: tensor.reshape(-1) for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
+    if module is None:
+        return [(name, tensors[name]) for name in flat]
+    pieces = [
+        (name, start, min(start + _PIECE, flat_S.numel()))
+        for name, flat_S in flat.items()
+        if readable(flat_S)
+        for start in range(0, flat_S.numel(), _PIECE)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda piece: largest_magnitude(module, flat[piece[0]], *piece[1:]), pieces)
+        largest = {name: 0.0 for name, _, _ in pieces}
+        for (name, _, _), magnitude in zip(pieces, found, strict=True):
+            if not math.isnan(largest[name]) and not magnitude <= largest[name]:
+                largest[name] = magnitude
+    return [(name, tensors[name]) for name in flat if not _fits(largest.get(name, math.nan), base[name].dtype)]
+
+
+def _fits(magnitude: float, base_dtype: torch.dtype) -> bool:
+    return bool(torch.tensor(magnitude, dtype=torch.float64).to(base_dtype).double() <= MAX_MAGNITUDE)
 
 
 def check_finite(name: str, tensor: Tensor, base_dtype: torch.dtype, values: TensorSource | None = None) -> None:

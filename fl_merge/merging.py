@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
-from fl_merge.execute import SLICE_ELEMENTS, execute
+from fl_merge.execute import execute
 from fl_merge.method import as_method
 from fl_merge.store import MemorySink, MemorySource, tied_names
 from fl_merge.types import Cohort, MergeMethod, Update
@@ -25,7 +25,7 @@ def merge(
     seed: int = 0,
     *,
     threads: int | None = None,
-    slice_elements: int = SLICE_ELEMENTS,
+    slice_elements: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Merge finetuned models into one.

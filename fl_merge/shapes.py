@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fl_merge.errors import RecipeError
-from fl_merge.kernels import kernels_for
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.sparsify import keep_random
 from fl_merge.types import BASE, CohortSpec, Output, Read, Scope, TensorSpec, Whole
@@ -63,24 +61,20 @@ class Slice:
 
     def keep_random(self, deltas_NS: Tensor, density: float, *, rescale: bool) -> Tensor:
         """The deltas with each element kept with probability `density`, by the draws of `uniform_NS`."""
-        if (kernels := kernels_for(deltas_NS)) is not None:
-            kept_NS = torch.empty_like(deltas_NS)
-            keys_N = np.array(self._keys(), dtype=np.uint64)
-            divisor = deltas_NS.numpy().dtype.type(density if rescale else 1.0)
-            kernels.keep_random(deltas_NS.numpy(), keys_N, self.start, density, divisor, kept_NS.numpy())
-            return kept_NS
         return keep_random(deltas_NS, self.uniform_NS(), density, rescale=rescale)
-
-    def _keys(self) -> list[int]:
-        spec = self.spec
-        return [stream_key(spec.seed, spec.round, client_id, self.tensor) for client_id in spec.client_ids]
 
     def uniform_NS(self) -> Tensor:
         """(N, S) float64: one draw from [0, 1) an element and client, the same whatever the slicing or the cohort.
 
         Keyed by (seed, round, client id, tensor name, element index).
         """
-        return torch.stack([uniform(key, self.start, self.stop) for key in self._keys()]).to(self.device)
+        keys_N = draw_keys(self.spec, self.tensor)
+        return torch.stack([uniform(key, self.start, self.stop) for key in keys_N]).to(self.device)
+
+
+def draw_keys(spec: CohortSpec, tensor: str) -> list[int]:
+    """The key of each client's draws for a tensor."""
+    return [stream_key(spec.seed, spec.round, client_id, tensor) for client_id in spec.client_ids]
 
 
 @dataclass(frozen=True)
@@ -139,12 +133,14 @@ class Coordinate:
         tally: elementwise like `combine`, giving whole numbers; their sum over the tensor is `Slice.tally`
             (a pass over the tensor, made only if it is asked for).
         scope: what the survey runs over: each tensor, or the whole model's delta as one vector (in order of name).
+        stages: what this is made of, where the executor has a compiled pass for it (`fl_merge.stages`).
     """
 
     combine: Callable[[Tensor, Tensor, Slice], Tensor]
     survey: Callable[[Tensor], Tensor] | None = None
     tally: Callable[[Tensor, Tensor, Slice], Tensor] | None = None
     scope: ScopeName = "tensor"
+    stages: object | None = None
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor."""

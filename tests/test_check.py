@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fl_merge import kernels
 from fl_merge.check import MAX_NUM_EXAMPLES, check_finite, check_num_examples, check_specs, check_update
 from fl_merge.errors import FlMergeError, NonFiniteError, TensorMismatchError, UpdateError, WeightError
 from fl_merge.store import MemorySource
@@ -164,3 +165,32 @@ def test_nothing_is_read_of_an_update_whose_names_do_not_fit():
 
     with pytest.raises(TensorMismatchError):
         check_update(Update("12", 5, Unreadable({"a": torch.ones(9)})), BASE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("place", [0, 1_500_000, 2_999_999])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2e30])
+def test_one_bad_element_is_found_with_and_without_kernels(bad, place, dtype):
+    if dtype == torch.float16 and bad == 2e30:
+        bad = float("inf")
+    base = {"w": TensorSpec((3_000_000,), torch.float32)}
+    tensor = torch.ones(3_000_000, dtype=dtype)
+    before = kernels._tried, kernels._module
+    try:
+        for module in (None, kernels.load()):
+            kernels._tried, kernels._module = True, module
+            check_update(Update("12", 5, MemorySource({"w": tensor})), base)
+            tensor[place] = bad
+            with pytest.raises(NonFiniteError, match=f"element {place} is"):
+                check_update(Update("12", 5, MemorySource({"w": tensor})), base)
+            tensor[place] = 1.0
+    finally:
+        kernels._tried, kernels._module = before
+
+
+def test_what_a_narrower_base_has_no_place_for_is_found_by_kernels_too():
+    assert kernels.load() is not None
+    base = {"w": TensorSpec((2,), torch.float16)}
+    check_update(Update("12", 5, MemorySource({"w": torch.tensor([65504.0, 65519.0])})), base)
+    with pytest.raises(NonFiniteError, match="numbers that float16 has"):
+        check_update(Update("12", 5, MemorySource({"w": torch.tensor([65504.0, 65520.0])})), base)

@@ -1,4 +1,4 @@
-"""Compiled kernels equal their torch definitions, bit for bit."""
+"""The compiled passes equal their torch definitions, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_merge import METHODS, kernels, merge
-from fl_merge.ops.combine import add_scaled_delta, weighted_sum
-from fl_merge.ops.consensus import disjoint_merge, elect_sign
+from fl_merge.cutoffs import Part, largest_cutoffs
+from fl_merge.kernels.passes import Inputs, largest_magnitude
+from fl_merge.methods import dare_linear, dare_ties, slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.draws import stream_key, uniform
-from fl_merge.ops.sparsify import keep_count, largest_cutoff, trim_to_largest
+from fl_merge.ops.sparsify import keep_count, keep_largest, largest_cutoff
 
-SIZES = [1, 2, 3, 1023, 1024, 1025, 40_000]
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 1.5, -1.5, 1e30, -1e30]
 """Zeros of both signs, denormals, equal magnitudes, the largest that pass the check."""
 
@@ -49,49 +49,105 @@ def bits(value):
     return value
 
 
-def deltas_of(size: int, dtype: torch.dtype = torch.float32, clients: int = 5) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(size)
-    deltas_NS = torch.randn(clients, size, generator=generator, dtype=torch.float64).to(dtype)
-    special = torch.tensor(SPECIAL, dtype=dtype)[:size]
-    for client in range(clients):
-        deltas_NS[client, : len(special)] = special.roll(client)
-    return deltas_NS
+METHODS_AND_SETTINGS = [
+    weighted_average(),
+    task_arithmetic(scale=-0.7, normalize=False),
+    ties(density=0.3),
+    ties(density=0.1, normalize=False, scale=1.7, election="frequency"),
+    ties(density=1.0),
+    ties(density=0.4, scope="model"),
+    dare_linear(density=0.3),
+    dare_linear(density=1.0, rescale=False, scale=-2.5),
+    dare_ties(density=0.6),
+    dare_ties(density=0.2, normalize=False, rescale=False, election="frequency"),
+    slerp(),
+    slerp(on="deltas", scope="model"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-WEIGHTS = torch.tensor([0.1, 0.3, 0.05, 0.35, 0.2], dtype=torch.float64)
+def models(dtype: torch.dtype, sizes: dict[str, tuple[int, ...]], clients: int = 4, coarse: bool = False):
+    """A base and clients; coarse ones have few different deltas, so that many are equal and many cancel."""
+    generator = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in sizes.items()}
+
+    def step(shape):
+        noise = torch.randn(shape, generator=generator)
+        return noise.round() * 0.25 if coarse else 0.1 * noise
+
+    updates = [{name: (tensor + step(tensor.shape)).to(dtype) for name, tensor in base.items()} for _ in range(clients)]
+    return base, updates
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_kernel_equals_its_definition(size, dtype):
-    deltas_NS = deltas_of(size, dtype)
-    cutoffs = torch.tensor([largest_cutoff(delta_S, keep_count(0.4, size)) for delta_S in deltas_NS])
-    for compute in (
-        lambda: weighted_sum(deltas_NS, WEIGHTS),
-        lambda: elect_sign(deltas_NS, WEIGHTS),
-        lambda: disjoint_merge(deltas_NS, WEIGHTS, "total", lambda: 1, normalize=True),
-        lambda: disjoint_merge(deltas_NS, WEIGHTS, "total", lambda: -1, normalize=False),
-        lambda: trim_to_largest(deltas_NS, 0, cutoffs.double()),
-        lambda: [largest_cutoff(delta_S, keep_count(0.4, size)) for delta_S in deltas_NS],
-        lambda: uniform(stream_key(1, 2, "a"), size, 3 * size),
-    ):
-        defined, compiled = both(compute)
-        assert defined == compiled
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_delta_is_added_the_same_by_kernel_and_definition(size, dtype):
-    base_S = deltas_of(size, torch.float64)[0]
-    client_S = deltas_of(size)[1].clamp(-6e4, 6e4).to(dtype)
-
-    def added():
-        total_S = base_S * 0.5
-        add_scaled_delta(total_S, base_S, client_S, 0.3)
-        return total_S
-
-    defined, compiled = both(added)
+@pytest.mark.parametrize("method", METHODS_AND_SETTINGS, ids=str)
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_method_gives_the_same_bits_with_and_without_kernels(method, dtype, coarse):
+    base, updates = models(dtype, {"a": (70_001,), "b": (7, 5), "scalar": (), "empty": (0, 3), "one": (1,)}, 4, coarse)
+    defined, compiled = both(lambda: merge(method, base, updates, weights=[1, 2, 3, 1], seed=7))
     assert defined == compiled
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_registered_method_does_at_its_defaults(name):
+    base, updates = models(torch.float32, {"a": (40_000,)}, 3)
+    defined, compiled = both(lambda: merge(name, base, updates, weights=[1, 2, 3], seed=7))
+    assert defined == compiled
+
+
+@pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 16_383, 16_384, 16_385, 32_769])
+@pytest.mark.parametrize("method", [ties(density=0.2), dare_ties(density=0.5)], ids=str)
+def test_odd_sizes(method, size):
+    base, updates = models(torch.bfloat16, {"a": (size,)}, 5, coarse=True)
+    defined, compiled = both(lambda: merge(method, base, updates, seed=1))
+    assert defined == compiled
+
+
+@pytest.mark.parametrize("method", METHODS_AND_SETTINGS, ids=str)
+def test_slices_and_threads_change_no_bit(method):
+    base, updates = models(torch.bfloat16, {"a": (5 * 16_384 + 77,), "b": (1000,)}, 4, coarse=True)
+    assert kernels.load() is not None
+    results = [
+        bits(merge(method, base, updates, seed=7, threads=threads, slice_elements=slice_elements))
+        for threads, slice_elements in [(1, None), (2, 16_384), (3, 16_384), (2, 32_768), (1, 49_152)]
+    ]
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("method", [weighted_average(), ties(density=0.3), dare_linear(density=0.5)], ids=str)
+def test_clients_in_other_dtypes_places_and_orders(method):
+    """A float16 and a float64 client of a bfloat16 base, a transposed one, an 8-bit one, one at an odd address."""
+    base, updates = models(torch.float32, {"a": (300, 70)}, 5)
+    base = {"a": base["a"].bfloat16()}
+    odd = torch.frombuffer(bytearray(1 + 21_000 * 4), dtype=torch.uint8)
+    odd[1:] = updates[4]["a"].view(-1).view(torch.uint8)
+    misaligned = torch.frombuffer(odd.numpy().data, dtype=torch.float32, offset=1, count=21_000).view(300, 70)
+    given_updates = [
+        {"a": updates[0]["a"].half()},
+        {"a": updates[1]["a"].double() + 1e-12},
+        {"a": updates[2]["a"].T.contiguous().T},
+        {"a": updates[3]["a"].to(torch.float8_e4m3fn)},
+        {"a": misaligned},
+    ]
+    defined, compiled = both(lambda: merge(method, base, given_updates, seed=3))
+    assert defined == compiled
+
+
+@pytest.mark.parametrize("method", METHODS_AND_SETTINGS, ids=str)
+def test_zeros_denormals_and_the_largest_values(method):
+    base = {"w": torch.tensor([*SPECIAL, *SPECIAL])}
+    updates = [{"w": torch.tensor([*SPECIAL, *SPECIAL]).roll(shift)} for shift in (0, 1, 3, 5)]
+    defined, compiled = both(lambda: merge(method, base, updates, seed=3))
+    assert defined == compiled
+
+
+def cutoffs(kernel_module, base_S, clients, count, piece=16_384):
+    parts = [Part(Inputs(kernel_module, base_S, clients), 0)]
+    return largest_cutoffs(kernel_module, parts, count, map, piece)
+
+
+def kept_by(cut, delta_S):
+    return keep_largest(delta_S, torch.arange(delta_S.numel()), float(cut[0]), int(cut[1]))
 
 
 @given(
@@ -101,33 +157,91 @@ def test_a_delta_is_added_the_same_by_kernel_and_definition(size, dtype):
 def test_selection_by_counting_is_selection_by_sorting(values, density):
     delta_S = torch.tensor(values)
     count = keep_count(density, len(values))
-    defined, compiled = both(lambda: largest_cutoff(delta_S, count))
-    assert defined == compiled
+    module = kernels.load()
+    assert module is not None
+    cut = cutoffs(module, torch.zeros_like(delta_S), [delta_S], count)[0]
     order = sorted(range(len(values)), key=lambda i: (-abs(np.float32(values[i])), i))
-    kept = trim_to_largest(delta_S[None], 0, torch.tensor([compiled], dtype=torch.float64))[0]
+    kept = kept_by(cut, delta_S)
     assert {i for i in order[:count] if values[i] != 0} == {i for i, value in enumerate(kept.tolist()) if value != 0}
 
 
-def test_deltas_that_cancel_take_the_tensors_majority():
-    deltas_NS = torch.tensor([[1.0, 2.0], [-1.0, 2.0]])
-    half = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    defined, compiled = both(lambda: disjoint_merge(deltas_NS, half, "total", lambda: 1, normalize=True))
-    assert defined == compiled == bits(torch.tensor([1.0, 2.0]))
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.9, 0.99999])
+@pytest.mark.parametrize("kind", ["normal", "coarse", "sparse", "equal", "sorted", "one row is large", "two scales"])
+def test_samples_that_mislead_change_nothing(kind, density):
+    """What is found by a sample, whatever the sample is like, is what sorting finds."""
+    size = 200_003
+    delta_S = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    if kind == "coarse":
+        delta_S = delta_S.round()
+    elif kind == "sparse":
+        delta_S *= torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.01
+    elif kind == "equal":
+        delta_S = torch.full((size,), 0.5)
+    elif kind == "sorted":
+        delta_S = delta_S.sort().values
+    elif kind == "one row is large":
+        delta_S[1000:60_000] *= 1000
+    elif kind == "two scales":
+        delta_S[::2] *= 1e-8
+    module = kernels.load()
+    assert module is not None
+    count = keep_count(density, size)
+    for cut in cutoffs(module, torch.zeros(size), [delta_S, delta_S], count):
+        wanted = kept_by(largest_cutoff(delta_S, count), delta_S)
+        assert torch.equal(kept_by(cut, delta_S), wanted)
+        assert int((wanted != 0).sum()) <= count
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_method_gives_the_same_bits_with_and_without_kernels(name, dtype):
-    generator = torch.Generator().manual_seed(3)
-    base = {
-        "a": torch.randn(40_000, generator=generator).to(dtype),
-        "b": torch.randn(7, 5, generator=generator).to(dtype),
-    }
-    clients = [
-        {key: tensor + (0.1 * torch.randn(tensor.shape, generator=generator)).to(dtype) for key, tensor in base.items()}
-        for _ in range(3)
-    ]
-    defined, compiled = both(lambda: merge(name, base, clients, weights=[1, 2, 3], seed=7))
+def test_elements_behind_three_gigabytes(tmp_path):
+    """Places are 64-bit: the last elements of a tensor of 3.3 GB, nearly all of which is a hole in the file."""
+    size = 3_300_000_000 // 2
+    arrays = []
+    for name in ("base", "one", "two"):
+        path = tmp_path / name
+        with open(path, "wb") as file:
+            file.truncate(2 * size)
+        arrays.append(np.memmap(path, dtype=np.uint16, mode="r+"))
+    tail = 5000
+    base_S, updates = models(torch.bfloat16, {"a": (tail,)}, 2)
+    for array, values in zip(arrays, [base_S["a"], *(update["a"] for update in updates)], strict=True):
+        array[-tail:] = values.view(torch.uint16).numpy()
+    tensors = [torch.from_numpy(array).view(torch.bfloat16) for array in arrays]
+    module = kernels.load()
+    assert module is not None
+    inputs = Inputs(module, tensors[0], tensors[1:])
+    out_S = torch.empty(tail, dtype=torch.bfloat16)
+    inputs.weighted_sum(1.0, [0.5, 0.5], size - tail, size, out_S)
+    assert bits(out_S) == bits(merge(weighted_average(), base_S, updates)["a"])
+    cut = torch.tensor([[0.05, size - 2500.0]] * 2, dtype=torch.float64)
+    inputs.prune_combine(
+        torch.tensor([0.5, 0.5]), cutoffs_N2=cut, election="total", start=size - tail, stop=size, out_S=out_S
+    )
+    near = Inputs(module, base_S["a"], [update["a"] for update in updates])
+    near_S = torch.empty_like(out_S)
+    cut[:, 1] -= size - tail
+    near.prune_combine(torch.tensor([0.5, 0.5]), cutoffs_N2=cut, election="total", start=0, stop=tail, out_S=near_S)
+    assert bits(out_S) == bits(near_S)
+    keys = [stream_key("a"), stream_key("b")]
+    inputs.prune_combine(torch.tensor([0.5, 0.5]), keys_N=keys, density=0.5, start=size - tail, stop=size, out_S=out_S)
+    kept = torch.stack([uniform(key, size - tail, size) < 0.5 for key in keys])
+    deltas = torch.stack([update["a"].float() - base_S["a"].float() for update in updates]) * kept
+    assert bits(out_S) == bits((base_S["a"].float() + (deltas[0] * 0.5 + deltas[1] * 0.5)).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_magnitude(dtype):
+    module = kernels.load()
+    assert module is not None
+    values_S = torch.tensor([0.5, -3.0, 1e-3, -0.0], dtype=dtype)
+    assert largest_magnitude(module, values_S, 0, 4) == 3.0
+    assert largest_magnitude(module, values_S, 2, 4) == float(values_S[2])
+    assert largest_magnitude(module, values_S, 3, 3) == 0.0
+    assert largest_magnitude(module, values_S / 0, 0, 3) == float("inf")
+    assert np.isnan(largest_magnitude(module, values_S * float("nan"), 0, 3))
+
+
+def test_draws():
+    defined, compiled = both(lambda: uniform(stream_key(1, 2, "a"), 7, 3001))
     assert defined == compiled
 
 
@@ -149,7 +263,7 @@ def test_without_numba_there_is_one_notice_and_the_definitions_serve(monkeypatch
         assert kernels.load() is None
     assert len(caplog.records) == 1
     assert "without compiled kernels" in caplog.text
-    assert weighted_sum(torch.ones(2, 3), torch.tensor([0.5, 0.5], dtype=torch.float64)).tolist() == [1.0] * 3
+    assert merge("weighted_average", {"a": torch.zeros(3)}, [{"a": torch.ones(3)}])["a"].tolist() == [1.0] * 3
 
 
 def test_they_can_be_switched_off(monkeypatch):
@@ -165,8 +279,9 @@ def test_numba_that_finds_no_place_for_its_cache_is_one_notice_too(monkeypatch, 
     def no_locator(*arguments, **options):
         raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.delitem(sys.modules, "fl_merge.kernels.compiled", raising=False)
-    monkeypatch.delattr(kernels, "compiled", raising=False)
+    for name in ("compiled", "counting", "merging", "blocks"):
+        monkeypatch.delitem(sys.modules, f"fl_merge.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
     monkeypatch.setattr(numba, "njit", no_locator)
     kernels._tried, kernels._module = False, None
     with caplog.at_level(logging.WARNING, "fl_merge"):

@@ -1,8 +1,8 @@
-"""Compiled versions of the hot functions in `fl_merge.ops`. The torch function is the definition; the kernel equals it.
+"""Compiled passes over the inputs of a merge. The torch function is the definition; the pass equals it bit for bit.
 
-A kernel is used for float32 and float64 on the CPU. Importing numba and compiling takes seconds, once a machine (the
-compiled code is cached), so small merges never do it: kernels are loaded when some 100 million elements have gone
-through the definitions. Since both give the same bits, it does not matter when that is.
+Importing numba takes half a second, and compiling some ten more, once a machine (the compiled code is cached), so
+small merges never do it: the passes are loaded when there are 100 million elements to go through, in one merge or in
+many. Since both give the same bits, it does not matter when that is.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import os
 import threading
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
 logger = logging.getLogger("fl_merge")
 
 LOAD_AFTER = 1 << 27
-"""Elements that go through the definitions before the kernels are loaded."""
+"""Elements that are gone through without the passes before they are loaded."""
 
 _lock = threading.Lock()
 _module: ModuleType | None = None
@@ -26,22 +23,12 @@ _tried = False
 _elements = 0
 
 
-def kernels_for(*tensors: Tensor) -> ModuleType | None:
-    """The compiled functions, if they serve these tensors: contiguous, on the CPU, all float32 or all float64.
+def after(elements: int) -> ModuleType | None:
+    """The compiled passes, if so many more elements are reason enough to load them.
 
     Returns:
         None where the torch definition is to be used.
     """
-    first = tensors[0]
-    if first.dtype not in (torch.float32, torch.float64) or any(
-        tensor.device.type != "cpu" or tensor.dtype != first.dtype or not tensor.is_contiguous() for tensor in tensors
-    ):
-        return None
-    return after(first.numel())
-
-
-def after(elements: int) -> ModuleType | None:
-    """The compiled functions, if this many more elements are reason enough to load them."""
     global _elements
     if _tried:
         return _module
@@ -52,7 +39,7 @@ def after(elements: int) -> ModuleType | None:
 
 
 def load() -> ModuleType | None:
-    """Import and compile the kernels now; None, with one notice, if numba fails or FL_MERGE_NO_KERNELS is set."""
+    """Import and compile the passes now; None, with one notice, if numba fails or FL_MERGE_NO_KERNELS is set."""
     global _module, _tried
     with _lock:
         if not _tried:

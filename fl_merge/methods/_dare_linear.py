@@ -1,9 +1,7 @@
-from torch import Tensor
-
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
-from fl_merge.ops.combine import weighted_sum
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate
+from fl_merge.stages import KeepRandom, Stages
 
 
 @merge_method(paper="Yu et al., 2023, arXiv:2311.03099", identity={"density": 1.0})
@@ -23,8 +21,4 @@ def dare_linear(*, density: Density = 0.5, scale: Scale = 1.0, rescale: bool = T
     mergekit rescales the kept elements to the delta's L1 norm instead, which is not unbiased.
     """
 
-    def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        kept_NS = at.keep_random(deltas_NS, density, rescale=rescale)
-        return scale * weighted_sum(kept_NS, weights_N)
-
-    return Coordinate(combine)
+    return Stages(KeepRandom(density, rescale), scale=scale).coordinate()

@@ -1,9 +1,8 @@
-from torch import Tensor
-
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
-from fl_merge.ops.consensus import Election, disjoint_merge, elect_sign
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.ops.consensus import Election
+from fl_merge.shapes import Coordinate
+from fl_merge.stages import KeepRandom, Stages
 
 
 @merge_method(paper="Yu et al., 2023, arXiv:2311.03099", identity={"density": 1.0})
@@ -30,11 +29,4 @@ def dare_ties(
     kept it: with `rescale` the merged delta comes out larger than without dropping, as in the paper's own combination.
     """
 
-    def elected(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        return elect_sign(at.keep_random(deltas_NS, density, rescale=rescale), weights_N, election)
-
-    def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        kept_NS = at.keep_random(deltas_NS, density, rescale=rescale)
-        return scale * disjoint_merge(kept_NS, weights_N, election, lambda: at.tally, normalize=normalize)
-
-    return Coordinate(combine, tally=elected)
+    return Stages(KeepRandom(density, rescale), election, normalize, scale).coordinate()

@@ -1,13 +1,8 @@
-import functools
-
-import torch
-from torch import Tensor
-
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
-from fl_merge.ops.consensus import Election, disjoint_merge, elect_sign
-from fl_merge.ops.sparsify import keep_count, largest_cutoff, trim_to_largest
-from fl_merge.shapes import Coordinate, ScopeName, Slice
+from fl_merge.ops.consensus import Election
+from fl_merge.shapes import Coordinate, ScopeName
+from fl_merge.stages import KeepLargest, Stages
 
 
 @merge_method(paper="Yadav et al., 2023, arXiv:2306.01708", identity={"density": 1.0})
@@ -36,19 +31,4 @@ def ties(
     mergekit gives elements whose sum is 0 a plus sign, and may keep other elements than the first among equal ones.
     """
 
-    def trim(deltas_NS: Tensor, at: Slice) -> Tensor:
-        return trim_to_largest(deltas_NS, at.scope_start, at.survey_NK)
-
-    def elected(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        return elect_sign(trim(deltas_NS, at), weights_N, election)
-
-    def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        trimmed_NS = trim(deltas_NS, at)
-        return scale * disjoint_merge(trimmed_NS, weights_N, election, lambda: at.tally, normalize=normalize)
-
-    return Coordinate(combine, survey=functools.partial(_cutoff, density), tally=elected, scope=scope)
-
-
-def _cutoff(density: float, delta_S: Tensor) -> Tensor:
-    """(2,) float64: the threshold, and the index of the last element just on it that is kept."""
-    return torch.tensor(largest_cutoff(delta_S, keep_count(density, delta_S.numel())), dtype=torch.float64)
+    return Stages(KeepLargest(density), election, normalize, scale).coordinate(scope)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
-
-from fl_merge.kernels import kernels_for
 
 
 def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
@@ -24,10 +19,6 @@ def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
     Returns:
         (S,), in the dtype of the deltas.
     """
-    if (kernels := kernels_for(deltas_NS)) is not None:
-        out_S = torch.empty_like(deltas_NS[0])
-        kernels.weighted_sum(deltas_NS.numpy(), numpy_weights(weights_N, deltas_NS), out_S.numpy())
-        return out_S
     total_S = deltas_NS[0] * float(weights_N[0])
     for delta_S, weight in zip(deltas_NS[1:], weights_N[1:].tolist(), strict=True):
         total_S += delta_S * weight
@@ -61,11 +52,6 @@ def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor
     return weighted_sum(deltas_NS * _agreement(deltas_NS, sign_S), weights_N)
 
 
-def numpy_weights(weights_N: Tensor, like: Tensor) -> np.ndarray[Any, Any]:
-    """The weights in the dtype of the deltas, as torch rounds a number that multiplies a tensor."""
-    return weights_N.to(like.dtype).cpu().numpy()
-
-
 def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:
     return (deltas_NS.sign() == sign_S) & (sign_S != 0)
 
@@ -78,18 +64,5 @@ def add_scaled_delta(total_S: Tensor, base_S: Tensor, client_S: Tensor, coeffici
         client_S: (S,), a floating dtype.
         coefficient: of this client.
     """
-    narrow_S = client_S.float() if client_S.dtype == torch.float16 else client_S
-    if (
-        narrow_S.is_contiguous()
-        and (kernels := kernels_for(total_S, base_S)) is not None
-        and narrow_S.device.type == "cpu"
-    ):
-        if narrow_S.dtype == torch.bfloat16:
-            bits = narrow_S.view(torch.uint16).numpy()
-            kernels.add_scaled_delta_bfloat16(total_S.numpy(), base_S.numpy(), bits, coefficient)
-            return
-        if narrow_S.dtype in (torch.float32, torch.float64):
-            kernels.add_scaled_delta(total_S.numpy(), base_S.numpy(), narrow_S.numpy(), coefficient)
-            return
     delta_S = client_S.to(total_S.device, torch.float64) - base_S
     total_S += delta_S.mul_(coefficient)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fl_merge.kernels import kernels_for
-from fl_merge.ops.combine import disjoint_mean, disjoint_sum, numpy_weights, weighted_sum
+from fl_merge.ops.combine import disjoint_mean, disjoint_sum, weighted_sum
 
 Election = Literal["total", "frequency"]
 
@@ -28,10 +26,6 @@ def elect_sign(deltas_NS: Tensor, weights_N: Tensor, election: Election = "total
     """
     if election == "frequency":
         return deltas_NS.sign().sum(dim=0).sign()
-    if (kernels := kernels_for(deltas_NS)) is not None:
-        out_S = torch.empty_like(deltas_NS[0])
-        kernels.elect_total(deltas_NS.numpy(), numpy_weights(weights_N, deltas_NS), out_S.numpy())
-        return out_S
     return weighted_sum(deltas_NS, weights_N).sign()
 
 
@@ -50,11 +44,6 @@ def disjoint_merge(
     Returns:
         (S,), in the dtype of the deltas.
     """
-    if election == "total" and (kernels := kernels_for(deltas_NS)) is not None:
-        out_S = torch.empty_like(deltas_NS[0])
-        weights = numpy_weights(weights_N, deltas_NS)
-        if kernels.elect_disjoint(deltas_NS.numpy(), weights, normalize, out_S.numpy()):
-            return out_S
     sign_S = elect_sign(deltas_NS, weights_N, election)
     if ((sign_S == 0) & (deltas_NS != 0).any(dim=0)).any():
         sign_S = settle_draws(sign_S, tally())

@@ -1,7 +1,8 @@
 """Random draws that are a function of what they are for, not of when they are made.
 
-The generator is counter-based (SplitMix64: Steele, Lea, Flood, 2014): element k of a stream is a mix of
-key + (k + 1) * gamma, so that any slice of a tensor can be drawn alone, in any order, by any thread.
+The generator is counter-based (SplitMix64: Steele, Lea, Flood, 2014): number k of a stream is a mix of
+key + (k + 1) * gamma, so that any slice of a tensor can be drawn alone, in any order, by any thread. Its lower 32 bits
+are the draw of element 2 k, its upper ones that of element 2 k + 1.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ def uniform(key: int, start: int, stop: int) -> Tensor:
     """Draws start .. stop of the stream `key`, uniform on [0, 1).
 
     Returns:
-        (stop - start,), float64, multiples of 2^-53.
+        (stop - start,), float64, multiples of 2^-32.
     """
+    first = start // 2
     if (kernels := after(stop - start)) is not None:
-        out_S = torch.empty(stop - start, dtype=torch.float64)
-        kernels.uniform(np.uint64(key), start, out_S.numpy())
-        return out_S
+        out_S = torch.empty(stop - 2 * first, dtype=torch.float64)
+        kernels.uniform(np.uint64(key), 2 * first, out_S.numpy())
+        return out_S[start - 2 * first :]
     with np.errstate(over="ignore"):
-        state = np.arange(start + 1, stop + 1, dtype=np.uint64)
+        state = np.arange(first + 1, (stop + 1) // 2 + 1, dtype=np.uint64)
         state *= _GAMMA
         state += np.uint64(key)
         state ^= state >> np.uint64(30)
@@ -44,4 +46,5 @@ def uniform(key: int, start: int, stop: int) -> Tensor:
         state ^= state >> np.uint64(27)
         state *= _MIX_2
         state ^= state >> np.uint64(31)
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    words = state.astype("<u8", copy=False).view("<u4")[start - 2 * first : stop - 2 * first]
+    return torch.from_numpy(words.astype(np.float64) * 2.0**-32)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,6 +9,22 @@ from fl_merge.errors import MergeError
 
 BLOCK = 16384
 """Elements a partial sum runs over. Slices start at multiples of it, so the partial sums are always the same ones."""
+
+_GROUP = 64
+"""Partial sums that are added to one at a time, so that few of them are kept."""
+
+
+def gram_block(vectors_NS: Tensor) -> Tensor:
+    """Inner products of every pair of vectors.
+
+    Args:
+        vectors_NS: (N, S), float64, contiguous; S at most BLOCK.
+
+    Returns:
+        (N, N), float64, symmetric.
+    """
+    product_NN = vectors_NS @ vectors_NS.T
+    return torch.triu(product_NN) + torch.triu(product_NN, 1).T
 
 
 def gram_partials(vectors_NS: Tensor) -> Tensor:
@@ -21,36 +34,49 @@ def gram_partials(vectors_NS: Tensor) -> Tensor:
         vectors_NS: (N, S), a floating dtype; S need not be a multiple of BLOCK.
 
     Returns:
-        (blocks, N, N), float64, symmetric.
+        (blocks, N, N), float64.
     """
     count, numel = vectors_NS.shape
-    blocks = math.ceil(numel / BLOCK)
-    partials = torch.empty(blocks, count, count, dtype=torch.float64)
-    for block in range(blocks):
-        part_NS = vectors_NS[:, block * BLOCK : (block + 1) * BLOCK].double()
-        for row in range(count):
-            products_NS = (part_NS[row] * part_NS[row:]).sum(dim=1).cpu()
-            partials[block, row, row:] = products_NS
-            partials[block, row:, row] = products_NS
-    return partials
+    partials = [torch.empty(0, count, count, dtype=torch.float64)]
+    for start in range(0, numel, BLOCK):
+        partials.append(gram_block(vectors_NS[:, start : start + BLOCK].double().contiguous()).cpu()[None])
+    return torch.cat(partials)
 
 
-def gram_from_partials(partials: Sequence[Tensor]) -> Tensor:
-    """The Gram matrix from the partial sums of all slices, added exactly (and so in any order).
+class GramSum:
+    """The Gram matrix, from the partial sums of all blocks given in order. How they are grouped makes no difference.
 
     Args:
-        partials: tensors of shape (blocks, N, N).
-
-    Returns:
-        (N, N), float64.
-
-    Raises:
-        MergeError: if a product or a sum is beyond float64.
+        count: N.
     """
-    columns = torch.cat([part.flatten(1) for part in partials]).T.tolist()
-    size = partials[0].shape[-1]
-    try:
-        sums = [math.fsum(column) for column in columns]
-    except (OverflowError, ValueError):
-        raise MergeError("an inner product of the clients' models is beyond float64") from None
-    return torch.tensor(sums, dtype=torch.float64).reshape(size, size)
+
+    def __init__(self, count: int) -> None:
+        self._groups: list[Tensor] = []
+        self._pending = torch.empty(0, count, count, dtype=torch.float64)
+
+    def add(self, partials: Tensor) -> None:
+        """The next blocks' partial sums, (blocks, N, N)."""
+        self._pending = torch.cat([self._pending, partials])
+        while len(self._pending) >= _GROUP:
+            self._groups.append(_added(self._pending[:_GROUP]))
+            self._pending = self._pending[_GROUP:].clone()
+
+    def total(self) -> Tensor:
+        """(N, N), float64.
+
+        Raises:
+            MergeError: if a product or a sum is beyond float64.
+        """
+        gram_NN = _added(torch.stack([*self._groups, _added(self._pending)]))
+        if not torch.isfinite(gram_NN).all():
+            raise MergeError("an inner product of the clients' models is beyond float64")
+        return gram_NN
+
+
+def _added(partials: Tensor) -> Tensor:
+    """The sum over the first dimension, by halves, in an order that depends on their number alone."""
+    while len(partials) > 1:
+        even = partials[: len(partials) // 2 * 2]
+        halves = even[0::2] + even[1::2]
+        partials = torch.cat([halves, partials[len(even) :]])
+    return partials[0] if len(partials) else partials.sum(dim=0)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from fl_merge.kernels import kernels_for
 
 
 def keep_count(density: float, numel: int) -> int:
@@ -24,10 +21,6 @@ def largest_cutoff(delta_S: Tensor, count: int) -> tuple[float, int]:
     Returns:
         The smallest magnitude that is kept, and the index of the last element of just that magnitude that is kept.
     """
-    if delta_S.dtype == torch.float32 and (kernels := kernels_for(delta_S)) is not None:
-        bits_S = delta_S.numpy().view(np.uint32)
-        bits, larger = kernels.select(bits_S, count)
-        return float(np.uint32(bits).view(np.float32)), int(kernels.nth_equal(bits_S, bits, count - larger))
     magnitude_S = delta_S.abs()
     threshold = magnitude_S.kthvalue(magnitude_S.numel() - count + 1).values
     still_wanted = count - int((magnitude_S > threshold).sum())
@@ -61,12 +54,6 @@ def trim_to_largest(deltas_NS: Tensor, first_index: int, cutoffs_N2: Tensor) -> 
         first_index: the place of the slice's first element in what the cuts were found on.
         cutoffs_N2: (N, 2), float64: threshold and last index of each client.
     """
-    thresholds_N = cutoffs_N2[:, 0].to(deltas_NS.dtype)
-    if bool((thresholds_N.double() == cutoffs_N2[:, 0]).all()) and (kernels := kernels_for(deltas_NS)) is not None:
-        out_NS = torch.empty_like(deltas_NS)
-        last_N = cutoffs_N2[:, 1].long().numpy()
-        kernels.trim_to_largest(deltas_NS.numpy(), first_index, thresholds_N.numpy(), last_N, out_NS.numpy())
-        return out_NS
     index_S = torch.arange(first_index, first_index + deltas_NS.shape[1], device=deltas_NS.device)
     cuts = cutoffs_N2.tolist()
     return torch.stack(

@@ -18,9 +18,10 @@ def test_any_slice_is_that_of_the_whole(key, start, length):
 
 
 def test_it_is_splitmix64():
-    """The first outputs for seed 0 that the generator's authors publish, as fractions of 2^53."""
+    """The first outputs for seed 0 that the generator's authors publish, their halves as fractions of 2^32."""
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert uniform(0, 0, 3).tolist() == [(output >> 11) * 2.0**-53 for output in published]
+    halves = [half for output in published for half in (output & 0xFFFFFFFF, output >> 32)]
+    assert uniform(0, 0, 6).tolist() == [half * 2.0**-32 for half in halves]
 
 
 def test_far_elements_can_be_drawn_alone():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fl_merge.ops.gram import BLOCK, gram_from_partials, gram_partials
+from fl_merge.ops.gram import BLOCK, GramSum, gram_partials
 
 
 def vectors(numel, dtype=torch.float32, count=3):
@@ -13,7 +13,10 @@ def vectors(numel, dtype=torch.float32, count=3):
 
 def gram(vectors_NS, step):
     pieces = [vectors_NS[:, start : start + step] for start in range(0, vectors_NS.shape[1], step)]
-    return gram_from_partials([gram_partials(piece_NS) for piece_NS in pieces])
+    total = GramSum(len(vectors_NS))
+    for piece_NS in pieces:
+        total.add(gram_partials(piece_NS))
+    return total.total()
 
 
 def test_by_hand():
@@ -22,7 +25,7 @@ def test_by_hand():
     assert gram_NN.dtype == torch.float64
 
 
-@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 77])
+@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 77, 130 * BLOCK + 5])
 def test_any_slicing_gives_the_same_bits(numel):
     vectors_NS = vectors(numel)
     wanted_NN = gram(vectors_NS, numel + BLOCK)
@@ -31,9 +34,12 @@ def test_any_slicing_gives_the_same_bits(numel):
     assert torch.equal(wanted_NN, wanted_NN.T)
 
 
-def test_the_order_of_slices_does_not_matter():
-    pieces = [gram_partials(piece_NS) for piece_NS in vectors(4 * BLOCK).split(BLOCK, dim=1)]
-    assert torch.equal(gram_from_partials(pieces), gram_from_partials(pieces[::-1]))
+def test_few_partial_sums_are_kept():
+    total = GramSum(2)
+    for _ in range(1000):
+        total.add(torch.ones(3, 2, 2, dtype=torch.float64))
+    assert len(total._groups) + len(total._pending) <= 3000 / 64 + 64
+    assert torch.equal(total.total(), torch.full((2, 2), 3000.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,0 +1,164 @@
+"""Where to cut so that a given number of elements of largest magnitude stay, found by counting and not by sorting.
+
+The definition is `ops.sparsify.largest_cutoff` on the whole delta. Here the delta is never there as a whole: a sample
+says between which two magnitudes the cut must be, one pass counts the elements above and writes down the few between,
+and among these the cut is selected exactly. Where the sample was misleading, histograms of the bits take its place.
+
+Magnitudes are compared as the bits of float32, which have their order. Suffix: N clients.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_merge.kernels.passes import BINS, Array, Inputs
+
+LARGEST = 0x7FFFFFFF
+"""No magnitude has larger bits."""
+
+_RUN = 64
+"""Neighbouring elements that are sampled together."""
+
+_EVERYTHING = 1 << 15
+"""Of fewer elements no sample is taken."""
+
+_DEVIATIONS = 3.5
+"""How far around the sample's quantile the cut is looked for, in its standard deviations."""
+
+Mapped = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor within the scope of the cut: its inputs, and the place of its first element."""
+
+    inputs: Inputs
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    part: Part
+    start: int
+    stop: int
+
+
+def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
+    """The cut of each client.
+
+    Args:
+        kernels: the compiled passes.
+        parts: in the order of their places; at least one element.
+        count: how many elements stay, 1 to all.
+        mapped: like `map`, perhaps in several threads.
+        piece: elements that one call goes through.
+
+    Returns:
+        (N, 2), float64: the smallest magnitude that stays, and the place of the last element that has it and stays.
+    """
+    clients = parts[0].inputs.clients
+    total = sum(part.inputs.numel for part in parts)
+    if count == total:
+        return torch.tensor([[0.0, total - 1.0]] * clients, dtype=torch.float64)
+    pieces = [
+        _Piece(part, start, min(start + piece, part.inputs.numel))
+        for part in parts
+        for start in range(0, part.inputs.numel, piece)
+    ]
+    low_N, high_N = _guess(kernels, parts, count / total, total)
+    cutoffs_N2 = torch.empty(clients, 2, dtype=torch.float64)
+    left = list(range(clients))
+    while left:
+
+        def between(at: _Piece, left: list[int] = left) -> tuple[Array, list[Array], Array]:
+            return at.part.inputs.some(left).between(at.start, at.stop, low_N[left], high_N[left])
+
+        found = list(mapped(between, pieces))
+        misled = []
+        for place, client in enumerate(left):
+            above = sum(int(above_N[place]) for above_N, _, _ in found)
+            used = [int(used_N[place]) for _, _, used_N in found]
+            if not above < count <= above + sum(used):
+                misled.append(client)
+                low_N[client] = high_N[client] = _by_histograms(client, count, pieces, mapped)
+                continue
+            bits, larger, equal = int(low_N[client]), above, used
+            if low_N[client] != high_N[client]:
+                values = [between_N[place] for _, between_N, _ in found]
+                bits = int(kernels.nth_largest(np.concatenate(values), count - above))
+                larger += sum(int(np.count_nonzero(each > bits)) for each in values)
+                equal = [int(np.count_nonzero(each == bits)) for each in values]
+            cutoffs_N2[client, 0] = float(np.uint32(bits).view(np.float32))
+            cutoffs_N2[client, 1] = _last(client, bits, count - larger, equal, pieces, total)
+        left = misled
+    return cutoffs_N2
+
+
+def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: int) -> tuple[Array, Array]:
+    """Between which bits each client's cut should be, by a sample; (N,) and (N,), uint32."""
+    clients = parts[0].inputs.clients
+    low_N, high_N = np.zeros(clients, np.uint32), np.full(clients, LARGEST, np.uint32)
+    if total <= _EVERYTHING:
+        return low_N, high_N
+    wanted = 1 << (14 if total < 1 << 23 else 16 if total < 1 << 28 else 18)
+    samples = []
+    for part in parts:
+        runs = min(math.ceil(wanted * part.inputs.numel / total / _RUN), part.inputs.numel // _RUN)
+        if runs:
+            starts = np.linspace(0, part.inputs.numel - _RUN, runs).astype(np.int64)
+            samples.append(part.inputs.sample(starts, _RUN))
+    bits_NM = np.concatenate(samples, axis=1)
+    size = bits_NM.shape[1]
+    margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
+    upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
+    for client in range(clients):
+        if upper >= 1:
+            high_N[client] = kernels.nth_largest(bits_NM[client], upper)
+        if lower <= size:
+            low_N[client] = kernels.nth_largest(bits_NM[client], lower)
+    return low_N, high_N
+
+
+def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
+    """The bits of one client's cut."""
+    low, high, rank = 0, LARGEST, count
+    while True:
+        shift = max(0, (high - low).bit_length() - (BINS.bit_length() - 1))
+        limits = low, high, shift
+        counts_K = np.zeros(BINS, np.int64)
+        for here_K in mapped(functools.partial(_count, client, limits), pieces):
+            counts_K += here_K
+        larger_K = np.cumsum(counts_K[::-1])
+        bin = BINS - 1 - int(np.searchsorted(larger_K, rank))
+        rank -= int(larger_K[BINS - 1 - bin] - counts_K[bin])
+        low, high = low + (bin << shift), min(high, low + ((bin + 1) << shift) - 1)
+        if shift == 0:
+            return low
+
+
+def _count(client: int, limits: tuple[int, int, int], at: _Piece) -> Array:
+    return at.part.inputs.count(client, at.start, at.stop, *limits)
+
+
+def _last(client: int, bits: int, wanted: int, equal: Sequence[int], pieces: Sequence[_Piece], total: int) -> int:
+    """The place of the last element just on the cut that stays: of those the first `wanted` do.
+
+    Args:
+        equal: how many there are in each piece.
+    """
+    if wanted == sum(equal):
+        return total - 1
+    for at, here in zip(pieces, equal, strict=True):
+        if wanted <= here:
+            return at.part.offset + at.part.inputs.nth_equal(client, at.start, at.stop, bits, wanted)
+        wanted -= here
+    raise AssertionError("fewer elements than were counted")

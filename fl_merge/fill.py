@@ -1,0 +1,344 @@
+"""From an output of a plan to the function that fills a piece of it with merged values: by torch, or by the compiled
+passes where they serve. Both give the same bits.
+
+Suffixes: N clients, S elements, K numbers of a survey.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fl_merge.cutoffs import Part, largest_cutoffs
+from fl_merge.errors import MergeError
+from fl_merge.kernels.passes import LIMITS, Inputs
+from fl_merge.ops.gram import GramSum
+from fl_merge.ops.sparsify import keep_count
+from fl_merge.reading import Versions, flat, pieces, serves, shaped, whole_deltas
+from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, WeightedSum, draw_keys
+from fl_merge.stages import KeepLargest, KeepRandom, Stages
+from fl_merge.types import Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
+
+Mapped = Callable[..., Iterable[Any]]
+Values = Callable[[int, int], Tensor]
+"""From the first and last-plus-one element of a slice to its merged values."""
+
+
+class Filler:
+    """Fills the pieces of one output.
+
+    Args:
+        output: which.
+        dtype: in which it is written.
+    """
+
+    def __init__(self, output: Output, dtype: torch.dtype) -> None:
+        self._output = output
+        self._dtype = dtype
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        """Write the merged elements from start to stop to `out_S`, in its dtype.
+
+        Raises:
+            MergeError: if one does not fit it.
+        """
+        raise NotImplementedError
+
+    def again(self) -> list[tuple[int, int]]:
+        """Asked when all pieces are filled: those that have to be filled once more."""
+        return []
+
+    def _refuse(self, largest: float) -> MergeError:
+        magnitude = math.inf if math.isnan(largest) else largest
+        return MergeError(
+            f"tensor '{self._output.name}': a merged value of magnitude {magnitude:g} does not fit "
+            f"{str(self._dtype).removeprefix('torch.')}; lower the method's scale"
+        )
+
+    def _require(self, bits: int) -> None:
+        """Refuse a largest magnitude, given as the bits of float32, that is infinite in the output's dtype."""
+        if bits >= LIMITS[self._dtype]:
+            raise self._refuse(float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)))
+
+
+class Defined(Filler):
+    """By the torch definition."""
+
+    def __init__(self, output: Output, dtype: torch.dtype, values: Values) -> None:
+        super().__init__(output, dtype)
+        self._values = values
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        values_S = self._values(start, stop)
+        cast_S = values_S.to("cpu", self._dtype)
+        if self._dtype.is_floating_point and not torch.isfinite(cast_S.to(compute_dtype(self._dtype))).all():
+            finite_S = values_S.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+            raise self._refuse(float(finite_S.abs().max()))
+        out_S.copy_(cast_S)
+
+
+class CompiledSum(Filler):
+    """A weighted sum, by a compiled pass."""
+
+    def __init__(self, output: Output, dtype: torch.dtype, native: Inputs, compute: WeightedSum) -> None:
+        super().__init__(output, dtype)
+        self._native = native
+        self._sum = compute
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        compute = self._sum
+        self._require(self._native.weighted_sum(compute.base_coefficient, compute.coefficients_N, start, stop, out_S))
+
+
+class CompiledStages(Filler):
+    """Pruning, election and sum, by a compiled pass.
+
+    An election that is a draw is won by the sign that most of the tensor's elements have, which is known only when all
+    are counted. Plus is assumed first; if it turns out to be minus, the pieces that have draws are filled again.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        dtype: torch.dtype,
+        native: Inputs,
+        stages: Stages,
+        weights_N: Tensor,
+        cutoffs_N2: Tensor | None,
+        keys_N: list[int] | None,
+    ) -> None:
+        super().__init__(output, dtype)
+        self._native = native
+        self._counting = threading.Lock()
+        self._tally = 0
+        self._with_draws: list[tuple[int, int]] = []
+        self._majority = 1
+        prune = stages.prune
+        self._arguments: dict[str, Any] = {
+            "weights_N": weights_N,
+            "cutoffs_N2": cutoffs_N2,
+            "keys_N": keys_N,
+            "density": prune.density if prune is not None else 1.0,
+            "rescale": isinstance(prune, KeepRandom) and prune.rescale,
+            "election": stages.election,
+            "normalize": stages.normalize,
+            "scale": stages.scale,
+        }
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        bits, tally, draws = self._native.prune_combine(
+            **self._arguments, majority=self._majority, start=start, stop=stop, out_S=out_S
+        )
+        self._require(bits)
+        with self._counting:
+            self._tally += tally
+            if draws:
+                self._with_draws.append((start, stop))
+
+    def again(self) -> list[tuple[int, int]]:
+        if self._majority == 1 and self._tally < 0:
+            self._majority = -1
+            again, self._with_draws = self._with_draws, []
+            return again
+        return []
+
+
+class Fillers:
+    """Makes the fillers of one merge, and holds what has been measured of whole models.
+
+    Args:
+        cohort, spec: what is merged.
+        step: elements of a slice for the torch definition, a multiple of `ops.gram.BLOCK`.
+        piece: the same for the compiled passes.
+        device: where the arithmetic runs.
+        kernels: the compiled passes, if there are any.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        spec: CohortSpec,
+        *,
+        step: int,
+        piece: int,
+        device: torch.device,
+        kernels: ModuleType | None,
+    ) -> None:
+        self._cohort = cohort
+        self._spec = spec
+        self._step = step
+        self._piece = piece
+        self._device = device
+        self._kernels = kernels
+        self._weights_N = torch.tensor(spec.weights_N, dtype=torch.float64)
+        self._model_surveys: dict[tuple[int, Scope], Tensor] = {}
+        self._model_sums: dict[tuple[int, Scope], WeightedSum] = {}
+
+    def step(self, output: Output) -> int:
+        """How many elements of an output are filled at a time."""
+        if isinstance(output.compute, Whole | Matrix):
+            return max(output.spec.numel, 1)
+        compiled = self._kernels is not None and serves(output, self._device)
+        if isinstance(output.compute, Coordinate) and output.compute.stages is None:
+            compiled = False
+        return self._piece if compiled else self._step
+
+    def prepare(self, output: Output, dtype: torch.dtype, mapped: Mapped) -> Filler:
+        """Everything that has to be known of the whole tensor, and the filler that goes by it.
+
+        Args:
+            output: of the plan.
+            dtype: in which it is written.
+            mapped: like `map`, perhaps in several threads.
+        """
+        compute = output.compute
+        if isinstance(compute, Copy):
+            tensor_S = flat(self._cohort, output.reads[0])
+            return Defined(output, dtype, lambda start, stop: tensor_S[start:stop])
+        if isinstance(compute, Whole):
+            return Defined(output, dtype, self._whole(compute, output))
+        versions = Versions(self._cohort, output, self._device, self._kernels)
+        if isinstance(compute, Matrix):
+            return Defined(output, dtype, self._matrix(compute, output, versions))
+        if isinstance(compute, Span):
+            compute = self._span_sum(compute, output, versions, mapped)
+        if isinstance(compute, WeightedSum):
+            if versions.native is not None:
+                return CompiledSum(output, dtype, versions.native, compute)
+            coefficients_N, base_coefficient = compute.coefficients_N, compute.base_coefficient
+            return Defined(output, dtype, lambda *at: versions.combination(base_coefficient, coefficients_N, *at))
+        if isinstance(compute, Coordinate):
+            return self._coordinate(compute, output, dtype, versions, mapped)
+        raise MergeError(f"tensor '{output.name}': the executor does not know how to run a {type(compute).__name__}")
+
+    def _whole(self, compute: Whole, output: Output) -> Values:
+        merged = compute.function(*(shaped(self._cohort, read) for read in output.reads))
+        if tuple(merged.shape) != output.spec.shape:
+            raise MergeError(
+                f"tensor '{output.name}': computed shape {tuple(merged.shape)}, planned {output.spec.shape}"
+            )
+        return lambda start, stop: merged.reshape(-1)[start:stop]
+
+    def _matrix(self, compute: Matrix, output: Output, versions: Versions) -> Values:
+        rows = output.spec.shape[0]
+        deltas_NRC = versions.deltas(0, versions.numel).reshape(len(self._spec.client_ids), rows, -1)
+        merged_S = versions.base(0, versions.numel) + compute.merge(deltas_NRC, self._weights_N).reshape(-1)
+        return lambda start, stop: merged_S[start:stop]
+
+    def _span_sum(self, compute: Span, output: Output, versions: Versions, mapped: Mapped) -> WeightedSum:
+        if compute.scope == "model" and output.scope is not None:
+            return self._model_sums[id(compute), output.scope]
+        return self._measured(compute, [(versions, *at) for at in pieces(versions.numel, self._step)], mapped)
+
+    def _measured(self, compute: Span, work: list[tuple[Versions, int, int]], mapped: Mapped) -> WeightedSum:
+        gram = GramSum(len(self._spec.client_ids))
+        for partials in mapped(lambda at: at[0].gram_partials(compute.on, at[1], at[2]), work):
+            gram.add(partials)
+        return compute.fixed(self._spec, gram.total())
+
+    def _coordinate(
+        self, compute: Coordinate, output: Output, dtype: torch.dtype, versions: Versions, mapped: Mapped
+    ) -> Filler:
+        scope_start = 0
+        survey_NK = torch.empty(len(self._spec.client_ids), 0, dtype=torch.float64)
+        if compute.scope == "model" and output.scope is not None:
+            scope_start = output.scope.offsets[output.name]
+            survey_NK = self._model_surveys.get((id(compute), output.scope), survey_NK)
+        elif compute.survey is not None:
+            survey_NK = self._survey(compute, [versions], mapped)
+        if versions.native is not None and isinstance(compute.stages, Stages):
+            return self._stages(compute.stages, output, dtype, versions.native, survey_NK, scope_start)
+
+        def at(start: int, stop: int, count: Callable[[], int] | None) -> Slice:
+            return Slice(output.name, start, stop, scope_start + start, self._spec, survey_NK, count, self._device)
+
+        def count_votes() -> int:
+            tally, votes = compute.tally, 0
+            if tally is not None:
+                for start, stop in pieces(versions.numel, self._step):
+                    vote_S = tally(versions.deltas(start, stop), self._weights_N, at(start, stop, None))
+                    votes += int(vote_S.sum(dtype=torch.float64))
+            return votes
+
+        votes = _Once(count_votes)
+
+        def merged(start: int, stop: int) -> Tensor:
+            delta_S = compute.combine(versions.deltas(start, stop), self._weights_N, at(start, stop, votes))
+            return versions.base(start, stop) + delta_S
+
+        return Defined(output, dtype, merged)
+
+    def _stages(
+        self, stages: Stages, output: Output, dtype: torch.dtype, native: Inputs, survey_NK: Tensor, scope_start: int
+    ) -> Filler:
+        cutoffs_N2, keys_N = None, None
+        if isinstance(stages.prune, KeepLargest):
+            cutoffs_N2 = _rounded(survey_NK - torch.tensor([0.0, scope_start], dtype=torch.float64))
+        if isinstance(stages.prune, KeepRandom):
+            keys_N = draw_keys(self._spec, output.name)
+        return CompiledStages(output, dtype, native, stages, self._weights_N, cutoffs_N2, keys_N)
+
+    def _survey(self, compute: Coordinate, scope: list[Versions], mapped: Mapped) -> Tensor:
+        """(N, K): what the survey says of each client's delta of the tensors in scope."""
+        natives = [versions.native for versions in scope]
+        if isinstance(compute.stages, Stages) and isinstance(compute.stages.prune, KeepLargest):
+            parts, offset = [], 0
+            for native in natives:
+                if native is None:
+                    break
+                parts.append(Part(native, offset))
+                offset += native.numel
+            if self._kernels is not None and len(parts) == len(scope):
+                count = keep_count(compute.stages.prune.density, offset)
+                return largest_cutoffs(self._kernels, parts, count, mapped, self._piece)
+        survey = compute.survey
+        assert survey is not None
+        if len(scope) == 1:
+            clients = range(len(self._spec.client_ids))
+            return torch.stack(list(mapped(lambda client: survey(scope[0].delta(client, 0, scope[0].numel)), clients)))
+        return torch.stack([survey(delta_S) for delta_S in whole_deltas(scope, len(self._spec.client_ids))])
+
+    def measure_models(self, outputs: Iterable[Output], mapped: Mapped) -> None:
+        """Surveys and Gram matrices whose scope is the whole model, before any tensor is merged."""
+        groups: dict[tuple[int, Scope], list[Output]] = {}
+        for output in outputs:
+            if isinstance(output.compute, Coordinate | Span) and output.compute.scope == "model" and output.scope:
+                groups.setdefault((id(output.compute), output.scope), []).append(output)
+        for (key, scope), members in groups.items():
+            compute = members[0].compute
+            by_name = {output.name: Versions(self._cohort, output, self._device, self._kernels) for output in members}
+            in_order = [by_name[name] for name in scope.names]
+            if isinstance(compute, Coordinate) and compute.survey is not None:
+                self._model_surveys[key, scope] = self._survey(compute, in_order, mapped)
+            elif isinstance(compute, Span):
+                work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
+                self._model_sums[key, scope] = self._measured(compute, work, mapped)
+
+
+def _rounded(cutoffs_N2: Tensor) -> Tensor:
+    """The same cuts with thresholds that float32 has: what is just on one of these was above the cut, or below."""
+    found_N, last_N = cutoffs_N2.unbind(1)
+    threshold_N = found_N.float().double()
+    last_N = torch.where(threshold_N > found_N, math.inf, torch.where(threshold_N < found_N, -1.0, last_N))
+    return torch.stack([threshold_N, last_N.clamp(-1.0, 2.0**62)], dim=1)
+
+
+class _Once:
+    """A number that is worked out when it is first asked for, by whichever thread that is."""
+
+    def __init__(self, work_out: Callable[[], int]) -> None:
+        self._work_out = work_out
+        self._lock = threading.Lock()
+        self._value: int | None = None
+
+    def __call__(self) -> int:
+        with self._lock:
+            if self._value is None:
+                self._value = self._work_out()
+            return self._value

@@ -1,0 +1,191 @@
+"""What the compiled passes are built from: blocks of elements that are read and written in any floating dtype.
+
+Arrays come as addresses with a code for their dtype, since numba has no bfloat16 and no lists of arrays of mixed types.
+The caller keeps them alive, contiguous and aligned (`fl_merge.kernels.passes`).
+
+numba keeps what it compiled beside the files of the passes and looks at those files only: whoever changes this one
+deletes `fl_merge/kernels/__pycache__`. Suffix: B the elements of a block.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+compiled_pass = numba.njit(cache=True, nogil=True, fastmath=False)
+compiled_part = numba.njit(nogil=True, fastmath=False)
+
+BLOCK = 512
+"""Elements that are worked on at a time: those of eight clients stay in the fastest cache."""
+
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+# --- what numba does not have ----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(context, address):
+    """An address as something that `carray` takes."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), emit
+
+
+@intrinsic
+def from_bfloat16(context, bits):
+    def emit(context, builder, signature, arguments):
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], word), ir.Constant(word, 16)), ir.FloatType())
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def from_float16(context, bits):
+    def emit(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), emit
+
+
+@intrinsic
+def to_float16(context, value):
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
+
+
+@intrinsic
+def bits_of(context, value):
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), emit
+
+
+# --- blocks: in and out ----------------------------------------------------------------------------------------------
+
+
+@compiled_part
+def load(address, code, start, out_B):
+    """Elements from `start` on, widened (a float64 is rounded) to float32."""
+    size = out_B.size
+    if code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = float_B[s]
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_bfloat16(bits_B[s])
+    elif code == FLOAT16:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_float16(half_B[s])
+    else:
+        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+        for s in range(size):
+            out_B[s] = np.float32(double_B[s])
+
+
+@compiled_part
+def load_delta(address, code, start, base_B, out_B):
+    """A client's elements minus the base's, in float32."""
+    size = out_B.size
+    if code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = float_B[s] - base_B[s]
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_bfloat16(bits_B[s]) - base_B[s]
+    elif code == FLOAT16:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_float16(half_B[s]) - base_B[s]
+    else:
+        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+        for s in range(size):
+            out_B[s] = np.float32(double_B[s]) - base_B[s]
+
+
+@compiled_part
+def load_double(address, code, start, out_B):
+    """Elements from `start` on in float64."""
+    size = out_B.size
+    if code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = float_B[s]
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_bfloat16(bits_B[s])
+    elif code == FLOAT16:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_float16(half_B[s])
+    else:
+        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+        for s in range(size):
+            out_B[s] = double_B[s]
+
+
+@compiled_part
+def add_scaled_delta(address, code, start, base_B, coefficient, total_B):
+    """total += (client - base) * coefficient, in float64."""
+    size = total_B.size
+    if code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            total_B[s] += (np.float64(float_B[s]) - base_B[s]) * coefficient
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            total_B[s] += (np.float64(from_bfloat16(bits_B[s])) - base_B[s]) * coefficient
+    elif code == FLOAT16:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            total_B[s] += (np.float64(from_float16(half_B[s])) - base_B[s]) * coefficient
+    else:
+        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+        for s in range(size):
+            total_B[s] += (double_B[s] - base_B[s]) * coefficient
+
+
+@compiled_part
+def store(values_B, address, code, start):
+    """Write float32 values in the dtype of the output; gives the bits of the largest magnitude among them."""
+    size = values_B.size
+    largest = np.uint32(0)
+    for s in range(size):
+        magnitude = bits_of(values_B[s]) & MAGNITUDE
+        if magnitude > largest:
+            largest = magnitude
+    if code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            float_B[s] = values_B[s]
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            bits = bits_of(values_B[s])
+            # To nearest, ties to even.
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            bits_B[s] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    else:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            half_B[s] = to_float16(values_B[s])
+    return largest

@@ -1,0 +1,262 @@
+"""Compiled passes that merge: they read a piece of a tensor's base and clients where they are (mapped files, messages),
+each in its own dtype, and write the merged elements where they belong. Each equals its torch definition bit for bit.
+
+Products are rounded before they are added and sums run in the clients' order, as in the definitions; numba does not
+reorder or contract floating-point operations unless it is told to. Suffixes: N clients, B the elements of a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fl_merge.kernels.blocks import (
+    BLOCK,
+    MAGNITUDE,
+    add_scaled_delta,
+    bits_of,
+    compiled_part,
+    compiled_pass,
+    load,
+    load_delta,
+    load_double,
+    store,
+)
+
+KEEP_LARGEST, KEEP_RANDOM = 1, 2
+ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@compiled_pass
+def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, start, stop, out, out_code):
+    """scaling * base + sum of coefficients * (client - base), added in float64 and rounded once.
+
+    Returns:
+        The bits of the largest float32 magnitude in it.
+    """
+    base_store = np.empty(BLOCK, np.float64)
+    total_store = np.empty(BLOCK, np.float64)
+    value_store = np.empty(BLOCK, np.float32)
+    largest = np.uint32(0)
+    for begin in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - begin)
+        base_B, total_B, value_B = base_store[:size], total_store[:size], value_store[:size]
+        load_double(base, base_code, begin, base_B)
+        for s in range(size):
+            total_B[s] = base_B[s] * scaling
+        for n in range(clients_N.size):
+            add_scaled_delta(clients_N[n], codes_N[n], begin, base_B, coefficients_N[n], total_B)
+        for s in range(size):
+            value_B[s] = np.float32(total_B[s])
+        largest = max(largest, store(value_B, out, out_code, begin))
+    return largest
+
+
+@compiled_pass
+def vectors(base, base_code, clients_N, codes_N, deltas, start, out_NS):
+    """The clients' float32 deltas, or their float32 weights, of one piece, as float64."""
+    size = out_NS.shape[1]
+    base_store = np.empty(BLOCK, np.float32)
+    vector_store = np.empty(BLOCK, np.float32)
+    for begin in range(0, size, BLOCK):
+        block = min(BLOCK, size - begin)
+        base_B, vector_B = base_store[:block], vector_store[:block]
+        if deltas:
+            load(base, base_code, start + begin, base_B)
+        for n in range(clients_N.size):
+            if deltas:
+                load_delta(clients_N[n], codes_N[n], start + begin, base_B, vector_B)
+            else:
+                load(clients_N[n], codes_N[n], start + begin, vector_B)
+            out_B = out_NS[n, begin : begin + block]
+            for s in range(block):
+                out_B[s] = vector_B[s]
+
+
+@compiled_part
+def _mix(state):
+    """SplitMix64's output function."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@compiled_part
+def _keep_random(delta_B, key, start, limit, divisor, draws_H):
+    """Keep an element if its draw, an integer of 32 bits, is at most the limit; divide what is kept.
+
+    Args:
+        start: even.
+        draws_H: (H,) uint64 scratch; each holds the draws of two elements.
+    """
+    first = key + np.uint64(start // 2 + 1) * _GAMMA
+    for h in range((delta_B.size + 1) // 2):
+        draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)
+    words_B = draws_H.view(np.uint32)
+    for s in range(delta_B.size):
+        delta_B[s] = delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)
+    if divisor != _ONE:
+        for s in range(delta_B.size):
+            delta_B[s] = delta_B[s] / divisor
+
+
+@compiled_part
+def _keep_largest(delta_B, threshold, last):
+    """Keep an element above the threshold, or just on it if it is not behind the place `last`."""
+    before = min(max(last + 1, 0), delta_B.size)
+    head_B, tail_B = delta_B[:before], delta_B[before:]
+    for s in range(head_B.size):
+        head_B[s] = head_B[s] * (_ONE if abs(head_B[s]) >= threshold else _ZERO)
+    for s in range(tail_B.size):
+        tail_B[s] = tail_B[s] * (_ONE if abs(tail_B[s]) > threshold else _ZERO)
+
+
+@compiled_part
+def _weighted_sum(delta_NB, weights_N, out_B):
+    weight = weights_N[0]
+    for s in range(out_B.size):
+        out_B[s] = delta_NB[0, s] * weight
+    for n in range(1, weights_N.size):
+        weight = weights_N[n]
+        delta_B = delta_NB[n]
+        for s in range(out_B.size):
+            out_B[s] += delta_B[s] * weight
+
+
+@compiled_part
+def _votes(delta_NB, moved_B, out_B):
+    """How many clients move an element up, less how many move it down."""
+    for s in range(out_B.size):
+        out_B[s] = _ZERO
+    for n in range(delta_NB.shape[0]):
+        delta_B = delta_NB[n]
+        for s in range(out_B.size):
+            out_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
+
+
+@compiled_part
+def _disjoint(delta_NB, weights_N, elected_B, normalize, share_B, out_B):
+    """The weighted sum (or mean) over the clients whose delta has the elected sign."""
+    size = out_B.size
+    for n in range(weights_N.size):
+        weight = weights_N[n]
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            delta = delta_B[s]
+            # Not the sign of a product, which could underflow to 0.
+            same = ((delta > _ZERO) & (elected_B[s] > _ZERO)) | ((delta < _ZERO) & (elected_B[s] < _ZERO))
+            agrees = _ONE if same else _ZERO
+            product = (delta * agrees) * weight
+            part = agrees * weight
+            out_B[s] = product if n == 0 else out_B[s] + product
+            share_B[s] = part if n == 0 else share_B[s] + part
+    if normalize:
+        for s in range(size):
+            share = share_B[s]
+            quotient = out_B[s] / (share if share > _ZERO else _ONE)
+            out_B[s] = quotient if share > _ZERO else _ZERO
+
+
+@compiled_pass
+def prune_combine(
+    base,
+    base_code,
+    clients_N,
+    codes_N,
+    weights_N,
+    prune,
+    thresholds_N,
+    last_N,
+    keys_N,
+    limit,
+    divisor,
+    elect,
+    majority,
+    normalize,
+    scale,
+    start,
+    stop,
+    out,
+    out_code,
+):
+    """base + scale * combine(prune(deltas)): see `fl_merge.sparse`.
+
+    Args:
+        thresholds_N, last_N: for KEEP_LARGEST; `last_N` counts within the tensor.
+        keys_N, limit, divisor: for KEEP_RANDOM.
+        majority: 1 or -1: the sign that wins where an election is a draw.
+
+    Returns:
+        The bits of the largest float32 magnitude in the result, the sum of the elected signs before draws are settled,
+        and whether there were draws.
+    """
+    count = clients_N.size
+    base_store = np.empty(BLOCK, np.float32)
+    elected_store = np.empty(BLOCK, np.float32)
+    moved_store = np.empty(BLOCK, np.float32)
+    share_store = np.empty(BLOCK, np.float32)
+    value_store = np.empty(BLOCK, np.float32)
+    deltas = np.empty((count, BLOCK), np.float32)
+    draws_H = np.empty(BLOCK // 2, np.uint64)
+    net_store = np.zeros(BLOCK, np.int32)
+    largest = np.uint32(0)
+    draws = False
+    for begin in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - begin)
+        base_B, value_B = base_store[:size], value_store[:size]
+        elected_B, moved_B, share_B = elected_store[:size], moved_store[:size], share_store[:size]
+        net_B = net_store[:size]
+        load(base, base_code, begin, base_B)
+        for n in range(count):
+            delta_B = deltas[n, :size]
+            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
+            if prune == KEEP_LARGEST:
+                _keep_largest(delta_B, thresholds_N[n], last_N[n] - begin)
+            elif prune == KEEP_RANDOM:
+                _keep_random(delta_B, keys_N[n], begin, limit, divisor, draws_H)
+        if elect == ELECT_NONE:
+            _weighted_sum(deltas, weights_N, value_B)
+        else:
+            if elect == ELECT_TOTAL:
+                _weighted_sum(deltas, weights_N, elected_B)
+            else:
+                _votes(deltas, moved_B, elected_B)
+            weakest = MAGNITUDE
+            for s in range(size):
+                net_B[s] += np.int32(elected_B[s] > _ZERO) - np.int32(elected_B[s] < _ZERO)
+                magnitude = np.uint32(bits_of(elected_B[s]) & MAGNITUDE)
+                if magnitude < weakest:
+                    weakest = magnitude
+            if weakest == 0:
+                for s in range(size):
+                    moved_B[s] = _ZERO
+                for n in range(count):
+                    delta_B = deltas[n, :size]
+                    for s in range(size):
+                        moved_B[s] = _ONE if delta_B[s] != _ZERO else moved_B[s]
+                drawn = np.uint32(0)
+                for s in range(size):
+                    drawn = np.uint32(drawn | np.uint32((elected_B[s] == _ZERO) & (moved_B[s] > _ZERO)))
+                if drawn:
+                    draws = True
+                    for s in range(size):
+                        elected_B[s] = majority if elected_B[s] == _ZERO else elected_B[s]
+            _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
+        for s in range(size):
+            value_B[s] = base_B[s] + value_B[s] * scale
+        largest = max(largest, store(value_B, out, out_code, begin))
+    return largest, net_store.sum(), draws
+
+
+@compiled_pass
+def uniform(key, start, out_S):
+    """The draws of `ops.draws` from an even element on, in [0, 1)."""
+    draws_H = np.empty((out_S.size + 1) // 2, np.uint64)
+    first = key + np.uint64(start // 2 + 1) * _GAMMA
+    for h in range(draws_H.size):
+        draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)
+    words_S = draws_H.view(np.uint32)
+    for s in range(out_S.size):
+        out_S[s] = np.float64(words_S[s]) * 2.0**-32

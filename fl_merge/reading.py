@@ -1,0 +1,123 @@
+"""The base and the clients' versions of one tensor, a slice at a time, and from slices what runs over a whole scope.
+
+Suffixes: N clients, S elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fl_merge.kernels.passes import CODES, LIMITS, Inputs, readable
+from fl_merge.ops.combine import add_scaled_delta
+from fl_merge.ops.gram import BLOCK, gram_block, gram_partials
+from fl_merge.types import BASE, Cohort, Output, Read, compute_dtype
+
+
+class Versions:
+    """One tensor of the base and of each client, flattened.
+
+    Args:
+        cohort: where they are read from.
+        output: which tensor.
+        device: where the arithmetic runs.
+        kernels: the compiled passes, if there are any.
+    """
+
+    def __init__(self, cohort: Cohort, output: Output, device: torch.device, kernels: ModuleType | None) -> None:
+        self._device = device
+        self._dtype = compute_dtype(output.spec.dtype)
+        self.numel = output.spec.numel
+        self._base_S = flat(cohort, next(read for read in output.reads if read.source == BASE))
+        self._clients = [flat(cohort, read) for read in output.reads if read.source != BASE]
+        self.native: Inputs | None = None
+        if kernels is not None and serves(output, device):
+            self.native = Inputs(kernels, _readable(self._base_S), [_readable(client_S) for client_S in self._clients])
+
+    def base(self, start: int, stop: int) -> Tensor:
+        """(S,), in the dtype of the arithmetic."""
+        return self._widened(self._base_S, start, stop)
+
+    def delta(self, client: int, start: int, stop: int) -> Tensor:
+        """(S,): one client minus the base."""
+        return self._widened(self._clients[client], start, stop) - self.base(start, stop)
+
+    def deltas(self, start: int, stop: int) -> Tensor:
+        """(N, S): every client minus the base."""
+        base_S = self.base(start, stop)
+        deltas_NS = torch.empty(len(self._clients), stop - start, dtype=self._dtype, device=self._device)
+        for delta_S, client_S in zip(deltas_NS, self._clients, strict=True):
+            torch.sub(self._widened(client_S, start, stop), base_S, out=delta_S)
+        return deltas_NS
+
+    def combination(self, base_coefficient: float, coefficients_N: Iterable[float], start: int, stop: int) -> Tensor:
+        """(S,): base_coefficient * theta_0 + sum c_i tau_i, added in float64 and rounded once."""
+        base_S = self._base_S[start:stop].to(self._device, torch.float64)
+        total_S = base_S * base_coefficient
+        for client_S, coefficient in zip(self._clients, coefficients_N, strict=True):
+            add_scaled_delta(total_S, base_S, client_S[start:stop], coefficient)
+        return total_S.to(self._dtype)
+
+    def gram_partials(self, on: str, start: int, stop: int) -> Tensor:
+        """(blocks, N, N) float64: the inner products of the deltas or weights, a block at a time.
+
+        Args:
+            start: a multiple of BLOCK.
+        """
+        if self.native is None:
+            vectors_NS = self.deltas(start, stop) if on == "deltas" else self._weights(start, stop)
+            return gram_partials(vectors_NS)
+        partials = []
+        block_NS = torch.empty(len(self._clients), min(BLOCK, stop - start), dtype=torch.float64)
+        for begin in range(start, stop, BLOCK):
+            size = min(BLOCK, stop - begin)
+            if size < block_NS.shape[1]:
+                block_NS = torch.empty(len(self._clients), size, dtype=torch.float64)
+            self.native.vectors(on, begin, block_NS)
+            partials.append(gram_block(block_NS))
+        return torch.stack(partials)
+
+    def _weights(self, start: int, stop: int) -> Tensor:
+        return torch.stack([self._widened(client_S, start, stop) for client_S in self._clients])
+
+    def _widened(self, tensor_S: Tensor, start: int, stop: int) -> Tensor:
+        return tensor_S[start:stop].to(self._device, self._dtype)
+
+
+def flat(cohort: Cohort, read: Read) -> Tensor:
+    """A whole tensor of the base or of a client, flattened, in its own dtype."""
+    return shaped(cohort, read).reshape(-1)
+
+
+def shaped(cohort: Cohort, read: Read) -> Tensor:
+    """The same in its shape."""
+    tensors = cohort.base if read.source == BASE else cohort.updates[read.source].tensors
+    return tensors.read(read.name)
+
+
+def _readable(tensor_S: Tensor) -> Tensor:
+    """The same values where the compiled passes can read them: a copy for odd places and dtypes."""
+    if readable(tensor_S):
+        return tensor_S
+    return tensor_S.clone() if tensor_S.dtype in CODES else tensor_S.float()
+
+
+def serves(output: Output, device: torch.device) -> bool:
+    """Whether the compiled passes can make this output: float32 arithmetic on the CPU."""
+    return device.type == "cpu" and output.spec.dtype in LIMITS
+
+
+def pieces(numel: int, step: int) -> list[tuple[int, int]]:
+    """The first and last-plus-one element of each slice; one empty slice for an empty tensor."""
+    return [(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
+
+
+def whole_deltas(versions: Sequence[Versions], clients: int) -> Iterator[Tensor]:
+    """Each client's deltas of several tensors as one vector, in the widest of their dtypes."""
+    for client in range(clients):
+        deltas = [each.delta(client, 0, each.numel) for each in versions]
+        widest = max((delta_S.dtype for delta_S in deltas), key=lambda dtype: dtype.itemsize)
+        yield torch.cat([delta_S.to(widest) for delta_S in deltas])
