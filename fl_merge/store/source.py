@@ -7,7 +7,9 @@ import errno
 import json
 import mmap
 import os
+import platform
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from fl_merge.types import TensorSpec
 
 DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 
-NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)  # Linux
+_COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)  # Python names it from 3.13 on
 
 ATTEMPTS = 5
 """How often a model that is replaced while it is being opened is opened again."""
