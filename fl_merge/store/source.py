@@ -27,7 +27,7 @@ DTYPES = {label: dtype for dtype, label in SAFETENSORS_DTYPES.items()}
 _COMMON = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)  # Python names it from 3.13 on
 
-ATTEMPTS = 5
+ATTEMPTS = 100
 """How often a model that is replaced while it is being opened is opened again."""
 
 
