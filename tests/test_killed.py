@@ -116,7 +116,7 @@ KILLS = [
     for new_shards in (SHARD, 10**9)
     for old_shards in (None, SHARD, 10**9)
 ]
-"""Each costs a process that imports torch: by default every fifth, which still has each point and each kind of model."""
+"""Each costs a process that imports torch: by default every fifth, among which are all points and kinds of models."""
 
 
 @pytest.mark.parametrize(
