@@ -235,7 +235,8 @@ def test_a_process_killed_while_it_keeps_an_update(point, tmp_path):
     assert "000001.safetensors" not in {path.name for path in folder.iterdir()}
     assert load(folder / "000000.safetensors")["layers.0"].sum() == 1000
     with Spill(tmp_path) as spill:
-        assert [path.name for path in tmp_path.iterdir()] == [spill.open().name]
+        mine = spill.open()
+        assert list(tmp_path.iterdir()) == [mine]
     assert not list(tmp_path.iterdir())
 
 

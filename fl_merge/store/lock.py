@@ -88,6 +88,7 @@ class WriterLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / WRITER_FILE
+        self._own: list[str] = []
         self._held = self._locked()
         self.exclusive = self._held is not None
         """False where the file system has no locks: other writers may be at work in the folder."""
@@ -109,14 +110,15 @@ class WriterLock:
             held.release()  # its owner removed it between our opening and our locking it
 
     def notes(self) -> list[str]:
-        """What is noted; at first what a writer that was killed had noted."""
+        """What is noted; at first what a writer that was killed had noted, if there is a lock."""
         if self._held is None:
-            return []
+            return self._own
         text = os.pread(self._held.descriptor, os.fstat(self._held.descriptor).st_size, 0)
         return text.decode(errors="replace").split("\n")[:-1]  # behind the last line's end is half a line or nothing
 
     def rewrite(self, notes: list[str]) -> None:
         """Note these lines and no others."""
+        self._own = list(notes)
         if self._held is None:
             return
         os.truncate(self._held.descriptor, 0)

@@ -178,10 +178,8 @@ class SafetensorsSink:
     def _recover(self, lock: WriterLock) -> bool:
         """Bring a folder in order in which a writer has stopped at any point; true if all could be removed.
 
-        Without a lock, what is found there may be a living writer's, and stays.
+        Without a lock, only what this writer has noted itself is removed: the rest may be a living one's.
         """
-        if not lock.exclusive:
-            return True
         index = self._folder / INDEX_FILE
         current = _indexed(index) if index.exists() else {SINGLE_FILE}
         new, old = (
@@ -191,7 +189,7 @@ class SafetensorsSink:
         # Only when the index names the new files is the old model not in use.
         unused = (old if new <= current else new) - current if current else set()
         try:
-            left = [path for path in self._folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+            left = [path for path in self._folder.iterdir() if lock.exclusive and TEMPORARY.fullmatch(path.name)]
         except OSError:
             return False
         return _remove([*left, *(self._folder / name for name in sorted(unused))])
