@@ -30,6 +30,9 @@ NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _COMMON else 0)  # Py
 ATTEMPTS = 100
 """How often a model that is replaced while it is being opened is opened again."""
 
+RETRIES = 3
+"""How often one is opened again of which something was missing or wrong, though it does not seem to be another."""
+
 
 class SafetensorsSource:
     """A safetensors file, or a folder with one or with shards and their index, mapped into memory and read lazily.
@@ -49,14 +52,15 @@ class SafetensorsSource:
         wanted = Path(path)
         for attempt in range(ATTEMPTS):
             before = _state(wanted)
-            try:
-                self._where = _opened(wanted)
-            except (RecipeError, DecodeError):
-                if attempt + 1 < ATTEMPTS and _state(wanted) != before:
-                    continue
-                raise
-            if _state(wanted) == before:
-                break
+            with contextlib.ExitStack() as held:
+                try:
+                    self._where = _opened(wanted, held)
+                except (RecipeError, DecodeError):
+                    if attempt < RETRIES or (attempt + 1 < ATTEMPTS and _state(wanted) != before):
+                        continue
+                    raise
+                if _state(wanted) == before:  # while the files are held, no other can have got their inode numbers
+                    break
         else:
             raise DecodeError(f"'{path}' was replaced each of the {ATTEMPTS} times that it was opened")
         self._specs = {name: self._where[name].specs[name] for name in sorted(self._where)}
@@ -81,10 +85,10 @@ class SafetensorsSource:
 class _File:
     """One mapped file. The format's own library checks its header: sizes, no overlap, no hole, nothing behind."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
         self._path = path
         try:
-            found = path.stat()
+            found = os.fstat(held.enter_context(open(path, "rb")).fileno())  # noqa: SIM115
             self._identity, self._size = (found.st_dev, found.st_ino), found.st_size
             self._handle, self._large = _mapped(path)
             self.specs = {name: self._spec(name) for name in self._handle.keys()}  # noqa: SIM118 (not a dict)
@@ -145,12 +149,12 @@ class _LargeFile:
         return as_bytes.view(spec.dtype).view(spec.shape)
 
 
-def _opened(path: Path) -> dict[str, _File]:
-    """In which file each tensor is."""
+def _opened(path: Path, held: contextlib.ExitStack) -> dict[str, _File]:
+    """In which file each tensor is; `held` keeps the files open."""
     files, index = _model_files(path)
     where: dict[str, _File] = {}
     for file in files:
-        opened = _File(file)
+        opened = _File(file, held)
         for name in opened.specs:
             if name in where:
                 raise DecodeError(f"'{file}': tensor '{name}' stands in two files of this model")
@@ -186,6 +190,8 @@ def _model_files(path: Path) -> tuple[list[Path], dict[str, str]]:
         return [path], {}
     try:
         weight_map = {str(name): str(shard) for name, shard in json.loads(path.read_text())["weight_map"].items()}
+    except OSError as error:  # a writer has removed it since it was looked for, say
+        raise RecipeError(f"cannot read the index '{path}': {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DecodeError(f"'{path}' is not an index of safetensors shards: {error!r}") from error
     shards = sorted(set(weight_map.values()))
