@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,18 +25,17 @@ import torch
 from torch import Tensor
 
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError
-from fl_merge.store import SAFETENSORS_DTYPES, SafetensorsSource, claim, layout
+from fl_merge.store import Held, SafetensorsSource, check_storable, claim, layout, lock_folder
 from fl_merge.types import TensorSpec, Update
-
-if sys.platform != "win32":
-    import fcntl
 
 PREFIX = "fl-merge-spill-"
 """With the process id and something random behind it, the name of a round's folder."""
 
 _UNLOCKED = f".{PREFIX}"
 """What a folder's name begins with until it is locked (for good, where the file system has no locks); nobody takes such
-a folder for a dead process's."""
+a folder for a dead process's before it is an hour old, nor ever where there are no locks."""
+
+UNLOCKED_SECONDS = 3600
 
 
 class Spill:
@@ -54,7 +53,7 @@ class Spill:
         self._max_bytes = max_bytes
         self._clients = max(clients, 1)
         self._folder: Path | None = None
-        self._lock: int | None = None
+        self._lock: Held | None = None
         self._count = 0
 
     def open(self) -> Path:
@@ -68,7 +67,7 @@ class Spill:
                 self._parent.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(self._parent)
                 self._folder = Path(tempfile.mkdtemp(prefix=f"{_UNLOCKED}{os.getpid()}-", dir=self._parent))
-                self._lock = _locked(self._folder)
+                self._lock = lock_folder(self._folder)
                 if self._lock is not None:
                     self._folder = self._folder.rename(self._folder.with_name(self._folder.name.removeprefix(".")))
             except OSError as error:
@@ -93,9 +92,7 @@ class Spill:
             MergeError: if it cannot be written: the disk is full, say. Nothing of it is left there then.
         """
         specs = update.tensors.specs()
-        unknown = [name for name, spec in specs.items() if spec.dtype not in SAFETENSORS_DTYPES]
-        if unknown:
-            raise MergeError(f"tensor '{unknown[0]}': a safetensors file has no dtype for {specs[unknown[0]]}")
+        check_storable(specs)
         head, places, size = layout(specs, {})
         if self._max_bytes is not None and size > self._max_bytes // self._clients:
             raise UpdateError(
@@ -109,7 +106,7 @@ class Spill:
         checksums = {}
         try:
             with open(temporary, "wb", buffering=0) as file:
-                claim(file.fileno(), 0, len(head) + size)
+                claim(file.fileno(), 0, len(head) + size)  # where it cannot, the writes will tell
                 _write(file.fileno(), memoryview(head))
                 for name in places:
                     data = _bytes_of(update.tensors.read(name))
@@ -130,7 +127,7 @@ class Spill:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -188,29 +185,19 @@ class SpilledTensors:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the round folders of processes that have died; those of living ones are locked and stay."""
-    if sys.platform == "win32":  # nothing here tells the living from the dead
-        return
-    for left in folder.glob(f"{PREFIX}*"):
-        lock = _locked(left)
+    for left in [*folder.glob(f"{PREFIX}*"), *_never_locked(folder)]:
+        lock = lock_folder(left)
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
+            lock.release()
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock on a folder until it is closed; None if it cannot be had."""
-    if sys.platform == "win32":
-        return None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it, or the file system has no locks
-        os.close(descriptor)
-        return None
-    return descriptor
+def _never_locked(folder: Path) -> Iterator[Path]:
+    """Folders whose process died between making and locking them; it takes no hour to get from one to the other."""
+    for left in folder.glob(f"{_UNLOCKED}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > UNLOCKED_SECONDS:
+                yield left
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
