@@ -193,11 +193,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="parameters of a model, about")
     parser.add_argument("--flower-size", type=int, help="of a reply (default: 16 M, with --full 100 M)")
     parser.add_argument("--server-size", type=int, help="of a client of the server (default: 5 M, with --full 50 M)")
-    parser.add_argument("--scaling-size", type=int, help="the largest model (default: 64 M, with --full 0.25 B)")
+    parser.add_argument("--scaling-size", type=int, help="the largest model (default: 32 M, with --full 0.25 B)")
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"], help="of the files")
     parser.add_argument("--repeats", type=int, help="measurements of each job (default: 5)", default=5)
     parser.add_argument("--budget", type=float, help="seconds after which a job is not repeated any more")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there as well")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the tables there as well, between its marks if it has them"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.scaling:
         chosen.parts = ["scaling"]
@@ -205,9 +207,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen.size = chosen.size or (250_000_000 if full else 16_000_000)
     chosen.flower_size = chosen.flower_size or (100_000_000 if full else 16_000_000)
     chosen.server_size = chosen.server_size or (50_000_000 if full else 5_000_000)
-    chosen.scaling_size = chosen.scaling_size or (250_000_000 if full else 64_000_000)
+    chosen.scaling_size = chosen.scaling_size or (250_000_000 if full else 32_000_000)
     chosen.dtypes = chosen.dtypes or (["bfloat16", "float32"] if full else ["bfloat16"])
-    chosen.budget = chosen.budget or (300.0 if full else 1.5)
+    chosen.budget = chosen.budget or (300.0 if full else 1.0)
     chosen.methods = chosen.methods or list(METHODS)
     unknown = [method for method in chosen.methods if method not in METHODS]
     if unknown:

@@ -17,6 +17,9 @@ from benchmarks.rows import Row
 UNSTABLE = 0.5
 """The spread, (slowest - fastest) / median, from which a row's ratios say little."""
 
+BEGIN, END = "<!-- tables, as printed -->", "<!-- end of tables -->"
+"""Marks in a Markdown file between which the tables are replaced."""
+
 console = Console(width=max(140, Console().width), highlight=False)
 
 
@@ -63,9 +66,17 @@ class Report:
         self._pieces.append(markdown(sheet))
 
     def save(self) -> None:
-        """Write the Markdown file, if one was asked for."""
-        if self._path is not None:
-            self._path.write_text("\n\n".join(self._pieces) + "\n", encoding="utf-8")
+        """Write the Markdown file, if one was asked for; what stands there outside the marks stays."""
+        if self._path is None:
+            return
+        text = "\n\n".join(self._pieces) + "\n"
+        old = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        before, begun, rest = old.partition(BEGIN)
+        _, ended, after = rest.partition(END)
+        if begun and ended:
+            text = f"{before}{BEGIN}\n{text}{END}{after}"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(text, encoding="utf-8")
 
 
 def markdown(sheet: Sheet) -> str:

@@ -45,12 +45,13 @@ def flower(job: Job, folder: Path, out: Path) -> Callable[[], tuple[Work, Any]]:
         def get_node_ids(self) -> list[int]:
             return list(range(1, len(clients) + 1))
 
+    nodes: Any = Nodes()
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     model, contents = record(base), [record(path) for path in clients]
 
     def fresh() -> tuple[Work, Any]:
         ours = FedMerge(build(job["method"] or "weighted_average"), spill_above_bytes=None)
-        requests = list(ours.configure_train(1, model, ConfigRecord(), Nodes()))
+        requests = list(ours.configure_train(1, model, ConfigRecord(), nodes))
         if len(requests) != len(clients):
             raise RuntimeError(f"{len(requests)} requests for {len(clients)} clients")
         theirs = getattr(flower_strategies, job["strategy"], None)  # which has no FedMerge

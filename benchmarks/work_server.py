@@ -22,7 +22,7 @@ def server(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
     """
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.serverapp import Grid
-    from flwr.serverapp.strategy import FedAvg
+    from flwr.serverapp.strategy import FedAvg, Strategy
 
     from fl_merge import kernels
     from fl_merge.flower import FedMerge
@@ -85,7 +85,7 @@ def server(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
         options: dict[str, Any] = {"fraction_evaluate": 0.0}
         if job["strategy"] == "FedMerge":
             options |= {"spill_folder": out} if job["spill"] else {"spill_above_bytes": None}
-            strategy = FedMerge("weighted_average", **options)
+            strategy: Strategy = FedMerge("weighted_average", **options)
         else:
             strategy = FedAvg(**options)
         initial = to_record(base)
