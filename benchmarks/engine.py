@@ -50,6 +50,7 @@ from fl_merge import METHODS
 
 PARTS = ("files", "memory", "flower", "server", "kernels", "scaling")
 COUNTS = (2, 4, 8, 16, 32)
+MEMORY_METHODS = ("weighted_average", "ties")  # the one that holds least, and one that holds much
 AGREE = {  # where both define the same, and what is not the same all the same
     "weighted_average": "",
     "slerp, 2 models": "",
@@ -151,7 +152,7 @@ def kernels(bench: rows.Bench, arguments: argparse.Namespace, report: Report) ->
 
 
 def scaling(bench: rows.Bench, arguments: argparse.Namespace, report: Report) -> list[targets.Limit]:
-    """Exponents for every method; with --full at sizes at which memory is to stay the same."""
+    """Exponents for every method, and memory with few and with many models."""
     size = arguments.scaling_size
     at_each_count = size if arguments.full else size // 4
     slopes = measure_scaling(
@@ -164,11 +165,15 @@ def scaling(bench: rows.Bench, arguments: argparse.Namespace, report: Report) ->
         (size // 4, size // 2, size),
         arguments.models,
     )
-    few, many = COUNTS[2], COUNTS[-1]
+    counts = (COUNTS[2], COUNTS[-1])
+    methods = [method for method in MEMORY_METHODS if method in arguments.methods]
+    work = rows.memory_rows(bench, at_each_count, arguments.dtypes[0], methods, counts)
+    results = bench.measure(work)
+    title = f"memory against N: models of {parameters_of(at_each_count):,} parameters, {arguments.dtypes[0]}"
+    report.table(plain(title, "work", work, results))
     limits = targets.of_scaling(slopes)
-    for name, found in slopes.items():
-        if name != "floor":
-            limits += targets.of_memory(found.by_count.get(few), found.by_count.get(many), name, (few, many))
+    for method in methods:
+        limits += targets.of_memory(results, method, counts)
     return limits
 
 

@@ -99,9 +99,9 @@ class Bench:
             out = row.job.get("out") or self.new_folder()
             try:
                 with Worker(row.python, row.environment) as worker:
-                    results[row.label] = worker.run(
-                        {**row.job, "out": out}, 1 if row.once else self.repeats, self.budget
-                    )
+                    job, repeats = {**row.job, "out": out}, 1 if row.once else self.repeats
+                    found = results[row.label] = worker.run(job, repeats, self.budget)
+                self.tell(f"    {found.wall:.3f} s, {(found.extra or 0) / 1e6:.0f} MB")
             except WorkFailedError as error:
                 if row.may_refuse:
                     self.refused[row.label] = str(error)
@@ -202,3 +202,18 @@ def server_rows(bench: Bench, size: int) -> list[Row]:
 def server_label(clients: int, rounds: int) -> str:
     """The row of FedMerge with updates on disk."""
     return f"FedMerge, {clients} clients, {rounds} round{'s' if rounds > 1 else ''}"
+
+
+def memory_rows(bench: Bench, size: int, dtype: str, methods: Sequence[str], counts: Sequence[int]) -> list[Row]:
+    """One merge of files in a fresh process for each method and number of models: what counts is its memory."""
+    rows = []
+    for method in methods:
+        for count in counts:
+            job = bench.job(count, size, dtype, kind="merge", memory=False, method=method)
+            rows.append(Row(memory_label(method, count), job, once=True))
+    return rows
+
+
+def memory_label(method: str, count: int) -> str:
+    """The row of a merge of so many models' files."""
+    return f"files: {method}, {count} models"

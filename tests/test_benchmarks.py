@@ -266,16 +266,18 @@ def test_targets_of_a_server():
     results = {f"FedMerge, {names[case]}": took(1.0, extra=peak * 10**6) for case, peak in peaks.items()}
     limits = targets.of_server(results, 200 * 10**6)
     assert (limits[0].value, limits[0].most) == (601, 600)
-    assert [limit.met for limit in limits] == [False, True, True, False, False]
+    assert [limit.value for limit in limits[1:]] == [20, 1, 100, 81]
+    assert [limit.met for limit in limits] == [False, True, True, False, False]  # 601 > 600; a tenth is 60
 
 
 def test_targets_of_scaling_and_memory():
     limits = targets.of_scaling({"floor": Slopes(moved=3.0), "ties": Slopes(clients=0.8, moved=0.95, size=1.2)})
     assert [limit.met for limit in limits] == [True, False]
-    few, many = took(1.0, extra=100 * 10**6), took(4.0, extra=120 * 10**6)
-    assert [limit.met for limit in targets.of_memory(few, many, "ties", (8, 32))] == [True, False]
-    assert targets.of_memory(few, None, "ties", (8, 32)) == []
-    assert [row[2] for row in targets.sheet(targets.of_memory(few, many, "ties", (8, 32)), "here").rows] == [
-        "yes",
-        "NO",
-    ]
+    results = {
+        "files: ties, 8 models": took(1.0, extra=100 * 10**6),
+        "files: ties, 32 models": took(4.0, extra=141 * 10**6),
+    }
+    limits = targets.of_memory(results, "ties", (8, 32))
+    assert [(limit.value, limit.met) for limit in limits] == [(141, True), (41, False)]
+    assert targets.of_memory(results, "dare_ties", (8, 32)) == []
+    assert [row[1:] for row in targets.sheet(limits, "here").rows] == [("141 MB", "yes"), ("41 MB", "NO")]
