@@ -11,6 +11,9 @@ from benchmarks.measure import Measured, Worker, WorkFailedError
 from benchmarks.report import Report, Sheet, exponent, number
 from benchmarks.rows import Bench
 
+FEW = 3
+"""Repetitions of each point at most: the fit is over many points."""
+
 MOVED_BESIDE = 2
 """Models that a merge moves beside the clients': it reads the base and writes the result."""
 
@@ -101,7 +104,7 @@ def points(bench: Bench, name: str, cases: Sequence[tuple[int, int]], dtype: str
             job = bench.job(count, size, dtype, memory=False, out=bench.new_folder())
             job |= {"kind": "floor"} if name == "floor" else {"kind": "merge", "method": name}
             try:
-                measured.append(worker.run(job, bench.repeats, bench.budget))
+                measured.append(worker.run(job, min(bench.repeats, FEW), bench.budget))
             except WorkFailedError as error:
                 bench.tell(f"{name}, {count} models: failed: {error}")
                 bench.failed.append(name)
