@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench bench-full clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -35,9 +35,12 @@ format: setup  ## apply the formatter
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: setup  ## measure side by side with the peers
+bench: setup  ## measure side by side with the peers (minutes)
 	@$(PY) benchmarks/simulate.py
-	@$(PY) benchmarks/engine.py --quick
+	@$(PY) -m benchmarks.engine --quick
+
+bench-full: setup  ## the same with models of 0.25 B parameters (hours; 30 GB of disk)
+	@$(PY) -m benchmarks.engine --full --markdown runs/benchmarks.md
 
 clean:  ## remove .venv, caches and runs
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
