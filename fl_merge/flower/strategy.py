@@ -17,13 +17,14 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError, one_line
-from fl_merge.flower.records import RecordSource, to_record, to_tensors
+from fl_merge.flower.records import RecordSource, to_record, views
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
-from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, Round, RoundReport, average_metrics, quorum
 from fl_merge.spill import Spill
 from fl_merge.types import MergeMethod, Update, client_order
 
@@ -227,9 +228,11 @@ class FedMerge(Strategy):
         """Make `arrays` the global model, unless it is the record that the model was given out as."""
         if arrays is self._record:
             return
-        self._model = GlobalModel.initial(to_tensors(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
+        self._model = GlobalModel.initial(views(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
         self._record = arrays
-        self._wire_record = arrays if self.wire_dtype is None else to_record(self._model.sent)
+        self._wire_record = (
+            arrays if self.wire_dtype is None else to_record(self._model.sent, encoded=self._model.encoded)
+        )
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -323,8 +326,10 @@ class FedMerge(Strategy):
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
-            self._model, self._record = model, to_record(model.tensors())
-            self._wire_record = self._record if self.wire_dtype is None else to_record(model.sent)
+            self._model, self._record = model, to_record(model.tensors(), encoded=model.encoded)
+            self._wire_record = (
+                self._record if self.wire_dtype is None else to_record(model.sent, encoded=model.encoded)
+            )
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = self._metrics(self.train_metrics_aggr_fn, contents, accepted)
         for watcher in self._watchers():
