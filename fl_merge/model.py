@@ -11,7 +11,7 @@ Suffix: S elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -154,10 +154,14 @@ class GlobalModel:
         Raises:
             MergeError: as `execute` and `of`.
         """
-        sink = EncodedSink(self.dtypes)
+        sink = self.sink()
         cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         report = execute(method, cohort, sink, master=True)
         return self.next(sink, wire=wire), report
+
+    def sink(self) -> EncodedSink:
+        """Where the model that comes after this one is merged to."""
+        return EncodedSink({name: {self.dtypes[name], tensor.dtype} for name, tensor in self.sent.items()})
 
     def next(self, merged: EncodedSink, *, wire: torch.dtype | None = None) -> GlobalModel:
         """The model after this one.
@@ -176,13 +180,13 @@ class GlobalModel:
 
 
 class EncodedSink(MemorySink):
-    """A sink in memory whose tensors look into the bytes as which they travel, where they travel in their own dtype.
+    """A sink in memory whose tensors look into the bytes as which they travel, where they travel in the merge's dtype.
 
     Args:
-        dtypes: those in which tensors are given out.
+        dtypes: those in which each tensor travels: as it is given out, and as it is sent.
     """
 
-    def __init__(self, dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, dtypes: Mapping[str, Set[torch.dtype]]) -> None:
         super().__init__()
         self.encoded: dict[tuple[str, torch.dtype], bytes] = {}
         self._dtypes = dtypes
@@ -190,7 +194,7 @@ class EncodedSink(MemorySink):
     def begin(self, specs: Mapping[str, TensorSpec]) -> None:
         """Make room for these tensors."""
         for name, spec in specs.items():
-            if self._dtypes.get(name) != spec.dtype:
+            if spec.dtype not in self._dtypes.get(name, ()):
                 self.tensors[name] = torch.empty(spec.shape, dtype=spec.dtype)
                 continue
             self.tensors[name], data = _blank(spec)
