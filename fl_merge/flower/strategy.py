@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError, one_line
+from fl_merge.flower._malloc import give_back_large_blocks
 from fl_merge.flower.records import RecordSource, to_record, views
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
@@ -146,6 +147,7 @@ class FedMerge(Strategy):
         self.watchers = tuple(watchers)
         self._model: GlobalModel | None = None
         self._record: ArrayRecord | None = None  # `_model` as it is given out
+        self._stand_in: ArrayRecord | None = None  # for the initial one in Flower's loop
         self._wire_record: ArrayRecord | None = None  # and as clients are sent it
         self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
         self._merged_rounds = 0
@@ -196,17 +198,22 @@ class FedMerge(Strategy):
             RunFailedError: if no round made a model.
         """
         self._adopt(initial_arrays)
+        # Flower's loop keeps what it is given to its end. This stands for the initial model, and is emptied when there
+        # is a merged one.
+        self._stand_in = ArrayRecord(dict(initial_arrays))
+        del initial_arrays
         self._merged_rounds, self._failures = 0, []
         watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
         for watcher in self._watchers():
             watcher.run_started(num_rounds, self.method)
         result = super().start(
-            RepliesAsTheyCome(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, watched
+            RepliesAsTheyCome(grid), self._stand_in, num_rounds, timeout, train_config, evaluate_config, watched
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
             raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
         if not result.arrays:
-            result.arrays = initial_arrays
+            assert self._record is not None
+            result.arrays = self._record
         return result
 
     def _watchers(self) -> tuple[Watcher, ...]:
@@ -216,6 +223,8 @@ class FedMerge(Strategy):
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if arrays is self._stand_in and self._record is not None:
+                arrays = self._record
             metrics = evaluate_fn(server_round, arrays)
             if metrics is not None:
                 for watcher in self._watchers():
@@ -226,7 +235,7 @@ class FedMerge(Strategy):
 
     def _adopt(self, arrays: ArrayRecord) -> None:
         """Make `arrays` the global model, unless it is the record that the model was given out as."""
-        if arrays is self._record:
+        if arrays is self._record or arrays is self._stand_in:
             return
         self._model = GlobalModel.initial(views(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
         self._record = arrays
@@ -262,7 +271,10 @@ class FedMerge(Strategy):
         try:
             with self._spill(len(nodes)) as spill:
                 if spill is not None:
+                    give_back_large_blocks()
                     spill.open()
+                if isinstance(grid, RepliesAsTheyCome):
+                    grid.sparing = spill is not None
         except MergeError as error:  # before clients train for nothing
             if self._merged_rounds == 0:
                 raise RunFailedError(str(error)) from error
@@ -326,6 +338,8 @@ class FedMerge(Strategy):
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
+            if self._stand_in is not None:
+                self._stand_in.clear()
             self._model, self._record = model, to_record(model.tensors(), encoded=model.encoded)
             self._wire_record = (
                 self._record if self.wire_dtype is None else to_record(model.sent, encoded=model.encoded)
