@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from fl_merge.check import MAX_NUM_EXAMPLES, check_update
 from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
 from fl_merge.execute import MergeReport
 from fl_merge.model import GlobalModel
+from fl_merge.running import RunningSum
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod, Update
@@ -86,6 +87,8 @@ class Round:
         spill: where accepted updates are kept until they are merged; None for in memory. It is the caller's, who closes
             it after `merge`. If it cannot keep an update the round makes no model: which clients are in it would be a
             matter of who was first.
+        running: the sum to which accepted updates are added when they come, in place of being kept; the merged model
+            is then the sum's, to a last place what it is otherwise.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Round:
         max_num_examples: float = MAX_NUM_EXAMPLES,
         wire: torch.dtype | None = None,
         spill: Spill | None = None,
+        running: RunningSum | None = None,
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -111,6 +115,7 @@ class Round:
         self._max_num_examples = max_num_examples
         self._wire = wire
         self._spill = spill
+        self._running = running
         self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
         self._accepted: list[Accepted] = []
@@ -144,7 +149,11 @@ class Round:
                 values=self._values,
                 tied=self._model.tied,
             )
-            if self._spill is not None:
+            size = sum(spec.nbytes for spec in update.tensors.specs().values())
+            if self._running is not None:
+                self._running.add(update)
+                update = replace(update, tensors=MemorySource({}))
+            elif self._spill is not None:
                 update = self._spill.keep(update)
         except UpdateError as error:
             return self.refuse(client_id, error.problem, error.tensor)
@@ -152,7 +161,6 @@ class Round:
             self._not_kept = str(error)
             return self.refuse(client_id, "the server could not keep it")
         self._updates[client_id] = update
-        size = sum(spec.nbytes for spec in update.tensors.specs().values())
         self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
         return None
 
@@ -189,13 +197,7 @@ class Round:
             )
         else:
             try:
-                model, merge = self._model.merged(
-                    self._method,
-                    tuple(self._updates.values()),
-                    seed=self._seed,
-                    round_number=self.number,
-                    wire=self._wire,
-                )
+                model, merge = self._merged()
             except MergeError as error:
                 failure = str(error)
             except Exception as error:  # a method with a fault costs its rounds, not the server
@@ -211,6 +213,14 @@ class Round:
             time.perf_counter() - self._started,
         )
         return model, report
+
+    def _merged(self) -> tuple[GlobalModel, MergeReport]:
+        if self._running is not None:
+            sink = self._model.sink()
+            merge = self._running.merge(sink)
+            return self._model.next(sink, wire=self._wire), merge
+        updates = tuple(self._updates.values())
+        return self._model.merged(self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire)
 
 
 def quorum(sampled: int, min_replies: int | None, max_failures: float) -> int:

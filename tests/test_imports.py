@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "codecs": {"types", "errors"},
     "merging": {"method", "execute", "check", "store", "types", "errors"},
     "model": {"execute", "codecs", "store", "types", "errors"},
-    "rounds": {"model", "execute", "check", "spill", "store", "types", "errors"},
+    "running": {"execute", "store", "types", "errors"},
+    "rounds": {"model", "running", "execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"store", "types", "errors"},
     "flower": {
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "runs",
         "recipe",
         "model",
+        "running",
         "rounds",
         "method",
         "execute",
@@ -70,7 +72,7 @@ ELSEWHERE = {
     "numba": {"kernels"},
     "typer": {"cli"},
     "rich": {"cli", "flower"},
-    "pathlib": {"store", "spill", "recipe", "runs", "flower", "cli"},
+    "pathlib": {"store", "spill", "running", "recipe", "runs", "flower", "cli"},
 }
 """Libraries that only some parts may import."""
 

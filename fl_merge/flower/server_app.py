@@ -53,6 +53,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "run-folder": "",
     "spill-folder": "",
     "max-spill-bytes": 0,
+    "running-sum": False,
 }
 """The keys of the run config that the server reads, with their defaults. 0 or "" means: not set."""
 
@@ -112,6 +113,7 @@ def run(
         wire_dtype=str(settings["wire-dtype"]) or None,
         spill_folder=str(settings["spill-folder"]) or None,
         max_spill_bytes=int(settings["max-spill-bytes"]) or None,
+        running_sum=bool(settings["running-sum"]),
         tied=tied,
         watchers=watchers,
     )

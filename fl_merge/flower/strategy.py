@@ -26,7 +26,9 @@ from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
 from fl_merge.rounds import Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.running import RunningSum, running_factor
 from fl_merge.spill import Spill
+from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -77,6 +79,10 @@ class FedMerge(Strategy):
         max_spill_bytes: of a round's updates on disk; each sampled client may take an equal share. None: no limit.
         spill_above_bytes: without a `spill_folder`, the sampled nodes times the model's bytes above which updates are
             kept on disk (1 GB); None for never.
+        running_sum: in rounds whose updates would be kept on disk, add each to a running sum instead (see
+            `fl_merge.running`): that takes 16 bytes an element of disk, however many clients there are. For methods
+            whose coefficients are the clients' shares; the merged model is what it is otherwise to a last place,
+            whatever the order of arrival.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -107,6 +113,7 @@ class FedMerge(Strategy):
         spill_folder: str | Path | None = None,
         max_spill_bytes: int | None = None,
         spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
+        running_sum: bool = False,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         for name, count in {
@@ -124,6 +131,9 @@ class FedMerge(Strategy):
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         self.method = as_method(method)
+        if running_sum:
+            running_factor(self.method)  # or it is refused
+        self.running_sum = running_sum
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
@@ -290,6 +300,12 @@ class FedMerge(Strategy):
             return contextlib.nullcontext()
         return Spill(self.spill_folder, self.max_spill_bytes, clients)
 
+    def _running_sum(self, server_round: int, spill: Spill | None) -> RunningSum | None:
+        if spill is None or not self.running_sum:
+            return None
+        base = MemorySource(self.model.sent, self.model.tied)
+        return RunningSum(self.method, base, spill.open(), seed=self.seed, round_number=server_round)
+
     def _no_round(self, server_round: int, why: str) -> list[Message]:
         """A round that asks nobody, because too few nodes are left: it fails, and the model stands."""
         self._asked = []
@@ -322,6 +338,7 @@ class FedMerge(Strategy):
                 max_num_examples=self.max_num_examples,
                 wire=self.wire_dtype,
                 spill=spill,
+                running=self._running_sum(server_round, spill),
             )
             for message in replies:
                 client_id = _client_of(message, askers)
