@@ -6,6 +6,7 @@ does not know the tag refuses instead of misreading.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import warnings
 from typing import Any, Protocol
@@ -51,6 +52,10 @@ class Codec(Protocol):
         """The tensor as bytes."""
         ...
 
+    def head(self, spec: TensorSpec) -> bytes:
+        """What stands before the elements, which follow in row order."""
+        ...
+
     def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
         """The tensor of that shape and dtype, as a read-only view of the bytes where that is possible.
 
@@ -67,8 +72,11 @@ class Raw:
 
     def encode(self, tensor: Tensor) -> bytes:
         """The tensor as bytes."""
-        flat_S = tensor.detach().cpu().contiguous().view(-1)
-        return flat_S.view(torch.uint8).numpy().tobytes() if flat_S.numel() else b""
+        return _encoded(self, tensor)
+
+    def head(self, spec: TensorSpec) -> bytes:
+        """Nothing."""
+        return b""
 
     def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
         """A view of the bytes."""
@@ -84,8 +92,14 @@ class Numpy:
 
     def encode(self, tensor: Tensor) -> bytes:
         """The tensor as bytes."""
+        return _encoded(self, tensor)
+
+    def head(self, spec: TensorSpec) -> bytes:
+        """The header of a .npy file, as np.save writes it."""
+        label = str(spec.dtype).removeprefix("torch.")
         buffer = io.BytesIO()
-        np.save(buffer, tensor.detach().cpu().numpy(), allow_pickle=False)
+        description = {"descr": np.dtype(label).str, "fortran_order": False, "shape": spec.shape}
+        np.lib.format.write_array_header_1_0(buffer, description)
         return buffer.getvalue()
 
     def decode(self, data: bytes, spec: TensorSpec) -> Tensor:
@@ -118,6 +132,50 @@ def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     except Exception as error:  # what hostile bytes make numpy's parser raise is not only ValueError
         raise DecodeError(f"not a .npy array: {str(error).partition(chr(10))[0] or type(error).__name__}") from None
     return tuple(shape), fortran_order, dtype, stream.tell()
+
+
+def blank(spec: TensorSpec) -> tuple[bytes, Tensor] | None:
+    """Bytes for a tensor as it travels, with its header in place, and the flat tensor of the elements in them.
+
+    Whoever asked for them fills the tensor before anyone else sees the bytes, and never writes to it afterwards: what
+    is merged is then what is sent, and the model stands in memory once.
+
+    Returns:
+        None where there is no such thing: for a tensor without elements, and on another Python than CPython.
+    """
+    head = codec_for(spec.dtype).head(spec)
+    data = _unfilled(len(head) + spec.nbytes) if spec.numel else None
+    if data is None:
+        return None
+    if head:
+        torch.frombuffer(data, dtype=torch.uint8, count=len(head)).copy_(torch.frombuffer(head, dtype=torch.uint8))
+    return data, torch.frombuffer(data, dtype=spec.dtype, count=spec.numel, offset=len(head))
+
+
+def _unfilled(count: int) -> bytes | None:
+    """A bytes object that nobody else has and whose content is still to be written.
+
+    Python's C API allows that of bytes made by `PyBytes_FromStringAndSize(NULL, n)`: they "may be mutated" until they
+    are handed on. None where there is no C API, and for so few bytes that Python may share the object.
+    """
+    if _new_bytes is None or count < 64:
+        return None
+    data: bytes = _new_bytes(None, count)
+    return data
+
+
+try:
+    _new_bytes: Any = ctypes.pythonapi["PyBytes_FromStringAndSize"]
+    _new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t)
+except (AttributeError, OSError):  # not CPython
+    _new_bytes = None
+
+
+def _encoded(codec: Codec, tensor: Tensor) -> bytes:
+    """Header and elements, in one copy."""
+    flat_S = tensor.detach().cpu().contiguous().view(-1)
+    elements = flat_S.view(torch.uint8).numpy().data if flat_S.numel() else b""
+    return b"".join((codec.head(TensorSpec.of(tensor)), elements))
 
 
 def _view(data: bytes, spec: TensorSpec, start: int) -> Tensor:

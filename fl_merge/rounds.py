@@ -1,8 +1,4 @@
-"""A round of a federation, whatever carries it: take updates in, refuse the bad ones, merge the rest.
-
-The global model is kept as a float32 master; clients get it in the base's dtype. A model kept in bfloat16 would lose
-about a tenth of each round's merged delta to rounding.
-"""
+"""A round of a federation, whatever carries it: take updates in, refuse the bad ones, merge the rest."""
 
 from __future__ import annotations
 
@@ -11,147 +7,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_update
-from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, one_line
-from fl_merge.execute import MergeReport, execute, merged_specs
+from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
+from fl_merge.execute import MergeReport
+from fl_merge.model import GlobalModel
+from fl_merge.running import RunningSum
 from fl_merge.spill import Spill
-from fl_merge.store import MemorySink, MemorySource
-from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
+from fl_merge.store import MemorySource
+from fl_merge.types import MergeMethod, Update
 
 logger = logging.getLogger("flwr")
 
 MIN_REPLIES = 2
 """Fewer are never merged unless the operator asks for it: one client's model is not a merge."""
-
-
-@dataclass(frozen=True)
-class GlobalModel:
-    """The model between rounds; made by `GlobalModel.of`.
-
-    Args:
-        sent: what clients start from.
-        rest: master minus sent, for tensors that are sent in a narrower dtype than they are kept in.
-        dtypes: the base's, in which the model is given out.
-        tied: names that are another name's tensor (tied weights), and that name.
-    """
-
-    sent: Mapping[str, Tensor]
-    rest: Mapping[str, Tensor]
-    dtypes: Mapping[str, torch.dtype]
-    tied: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def initial(
-        cls,
-        tensors: Mapping[str, Tensor],
-        method: MergeMethod,
-        *,
-        wire: torch.dtype | None = None,
-        tied: Mapping[str, str] | None = None,
-    ) -> GlobalModel:
-        """The model that a run starts from, checked with all that can be known before clients are asked.
-
-        Args:
-            tensors, wire, tied: as for `of`.
-            method: that will merge.
-
-        Raises:
-            RecipeError: if there are no tensors, one is not finite, tied names do not fit, or the method does not fit
-                the tensors or changes their names or shapes.
-        """
-        if not tensors:
-            raise RecipeError("the initial model has no arrays; pass ArrayRecord(model.state_dict())")
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor.to(compute_dtype(tensor.dtype))).all():
-                raise RecipeError(f"the initial model is not finite: tensor '{name}'")
-        for name, first in (tied or {}).items():
-            if name not in tensors or first not in tensors:
-                raise RecipeError(f"tied: the model has no tensor '{name if name not in tensors else first}'")
-            if first == name or first in (tied or {}) or not torch.equal(tensors[name], tensors[first]):
-                raise RecipeError(f"tied: '{name}' is not a second name of the tensor '{first}'")
-        model = cls.of(tensors, wire=wire, tied=tied)
-        specs = {name: spec for name, spec in model.specs().items() if name not in model.tied}
-        planned = merged_specs(method, specs)
-        if planned is not None and planned != specs:
-            changed = next(name for name in [*planned, *specs] if planned.get(name) != specs.get(name))
-            raise RecipeError(f"{method} changes the model's tensors ('{changed}'), which a run cannot carry on with")
-        return model
-
-    @classmethod
-    def of(
-        cls,
-        tensors: Mapping[str, Tensor],
-        *,
-        wire: torch.dtype | None = None,
-        dtypes: Mapping[str, torch.dtype] | None = None,
-        tied: Mapping[str, str] | None = None,
-    ) -> GlobalModel:
-        """The model with these values.
-
-        Args:
-            tensors: in any precision.
-            wire: the floating dtype that clients are sent; None for each tensor's own.
-            dtypes: the base's; by default those of `tensors`.
-            tied: tied weights.
-
-        Raises:
-            MergeError: if a value does not fit the dtype that it is sent in.
-        """
-        dtypes = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
-        sent, rest = {}, {}
-        for name, tensor in tensors.items():
-            dtype = wire if wire is not None and tensor.is_floating_point() else dtypes[name]
-            sent[name] = tensor.to(dtype)
-            if tensor.is_floating_point() and dtype != tensor.dtype:
-                if not torch.isfinite(sent[name].to(compute_dtype(tensor.dtype))).all():
-                    raise MergeError(f"tensor '{name}': the model does not fit {str(dtype).removeprefix('torch.')}")
-                kept = compute_dtype(tensor.dtype)
-                rest[name] = tensor.to(kept) - sent[name].to(kept)
-        return cls(sent, rest, dtypes, dict(tied or {}))
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Names, shapes and dtypes as clients see them."""
-        return {name: TensorSpec.of(tensor) for name, tensor in self.sent.items()}
-
-    def master(self) -> dict[str, Tensor]:
-        """The model as it is kept: float32 where the base or what is sent is narrower."""
-        return {name: self._kept(name, tensor) for name, tensor in self.sent.items()}
-
-    def _kept(self, name: str, tensor: Tensor) -> Tensor:
-        return tensor.to(self.rest[name].dtype) + self.rest[name] if name in self.rest else tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The model in the base's dtypes."""
-        return {name: tensor.to(self.dtypes[name]) for name, tensor in self.master().items()}
-
-    def merged(
-        self,
-        method: MergeMethod,
-        updates: tuple[Update, ...],
-        *,
-        seed: int,
-        round_number: int,
-        wire: torch.dtype | None = None,
-    ) -> tuple[GlobalModel, MergeReport]:
-        """The next global model.
-
-        The merged delta is what the clients did to `sent`; it is added to the master.
-
-        Raises:
-            MergeError: as `execute` and `of`.
-        """
-        sink = MemorySink()
-        cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
-        report = execute(method, cohort, sink, master=True)
-        kept = {
-            name: merged + self.rest[name] if name in self.rest else merged for name, merged in sink.tensors.items()
-        }
-        return GlobalModel.of(kept, wire=wire, dtypes=self.dtypes, tied=self.tied), report
 
 
 @dataclass(frozen=True)
@@ -215,6 +87,8 @@ class Round:
         spill: where accepted updates are kept until they are merged; None for in memory. It is the caller's, who closes
             it after `merge`. If it cannot keep an update the round makes no model: which clients are in it would be a
             matter of who was first.
+        running: the sum to which accepted updates are added when they come, in place of being kept; the merged model
+            is then the sum's, to a last place what it is otherwise.
     """
 
     def __init__(
@@ -230,6 +104,7 @@ class Round:
         max_num_examples: float = MAX_NUM_EXAMPLES,
         wire: torch.dtype | None = None,
         spill: Spill | None = None,
+        running: RunningSum | None = None,
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -240,6 +115,7 @@ class Round:
         self._max_num_examples = max_num_examples
         self._wire = wire
         self._spill = spill
+        self._running = running
         self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
         self._accepted: list[Accepted] = []
@@ -273,7 +149,11 @@ class Round:
                 values=self._values,
                 tied=self._model.tied,
             )
-            if self._spill is not None:
+            size = sum(spec.nbytes for spec in update.tensors.specs().values())
+            if self._running is not None:
+                self._running.add(update)
+                update = replace(update, tensors=MemorySource({}))
+            elif self._spill is not None:
                 update = self._spill.keep(update)
         except UpdateError as error:
             return self.refuse(client_id, error.problem, error.tensor)
@@ -281,7 +161,6 @@ class Round:
             self._not_kept = str(error)
             return self.refuse(client_id, "the server could not keep it")
         self._updates[client_id] = update
-        size = sum(spec.nbytes for spec in update.tensors.specs().values())
         self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
         return None
 
@@ -318,13 +197,7 @@ class Round:
             )
         else:
             try:
-                model, merge = self._model.merged(
-                    self._method,
-                    tuple(self._updates.values()),
-                    seed=self._seed,
-                    round_number=self.number,
-                    wire=self._wire,
-                )
+                model, merge = self._merged()
             except MergeError as error:
                 failure = str(error)
             except Exception as error:  # a method with a fault costs its rounds, not the server
@@ -340,6 +213,14 @@ class Round:
             time.perf_counter() - self._started,
         )
         return model, report
+
+    def _merged(self) -> tuple[GlobalModel, MergeReport]:
+        if self._running is not None:
+            sink = self._model.sink()
+            merge = self._running.merge(sink)
+            return self._model.next(sink, wire=self._wire), merge
+        updates = tuple(self._updates.values())
+        return self._model.merged(self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire)
 
 
 def quorum(sampled: int, min_replies: int | None, max_failures: float) -> int:

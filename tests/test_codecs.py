@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fl_merge.codecs import CODECS, DTYPES, Numpy, Raw, codec_for
+from fl_merge.codecs import CODECS, DTYPES, Numpy, Raw, blank, codec_for
 from fl_merge.errors import DecodeError
 from fl_merge.types import TensorSpec
 
@@ -179,3 +179,22 @@ def test_any_bytes_are_refused_or_the_announced_array(data, tag):
     except DecodeError:
         return
     assert TensorSpec.of(tensor) == THREE
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_what_is_filled_in_place_is_what_is_encoded(dtype):
+    for tensor in [torch.arange(100).reshape(20, 5).to(dtype), torch.arange(70).to(dtype)]:
+        data, flat_S = blank(TensorSpec.of(tensor))
+        flat_S.copy_(tensor.view(-1))
+        assert data == codec_for(dtype).encode(tensor)
+
+
+def test_bytes_that_python_may_share_are_not_filled():
+    assert blank(TensorSpec((0,), torch.float32)) is None
+    assert blank(TensorSpec((1,), torch.bfloat16)) is None
+    assert bytes(1) == b"\0"
+
+
+def test_without_the_c_api_there_is_nothing_to_fill(monkeypatch):
+    monkeypatch.setattr("fl_merge.codecs._new_bytes", None)
+    assert blank(TensorSpec((100,), torch.float32)) is None

@@ -31,13 +31,17 @@ MAY_IMPORT = {
     "check": {"kernels", "types", "errors"},
     "codecs": {"types", "errors"},
     "merging": {"method", "execute", "check", "store", "types", "errors"},
-    "rounds": {"execute", "check", "spill", "store", "types", "errors"},
+    "model": {"execute", "codecs", "store", "types", "errors"},
+    "running": {"execute", "store", "types", "errors"},
+    "rounds": {"model", "running", "execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"store", "types", "errors"},
     "flower": {
         "hyperparameters",
         "runs",
         "recipe",
+        "model",
+        "running",
         "rounds",
         "method",
         "execute",
@@ -72,7 +76,7 @@ ELSEWHERE = {
     "numba": {"kernels"},
     "typer": {"cli"},
     "rich": {"cli", "flower"},
-    "pathlib": {"store", "spill", "recipe", "runs", "flower", "cli"},
+    "pathlib": {"store", "spill", "running", "recipe", "runs", "flower", "cli"},
 }
 """Libraries that only some parts may import."""
 

@@ -8,7 +8,8 @@ import torch
 from fl_merge import MergeError, RecipeError, merge
 from fl_merge.errors import DecodeError
 from fl_merge.methods import dare_linear, task_arithmetic, ties, weighted_average
-from fl_merge.rounds import GlobalModel, Refusal, Round, average_metrics, quorum
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, Round, average_metrics, quorum
 from fl_merge.store import MemorySource
 from fl_merge.types import Update
 

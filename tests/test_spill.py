@@ -15,7 +15,8 @@ from fl_merge import METHODS, MergeError, build
 from fl_merge.codecs import DTYPES
 from fl_merge.errors import UpdateError
 from fl_merge.methods import weighted_average
-from fl_merge.rounds import GlobalModel, Refusal, Round
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, Round
 from fl_merge.spill import PREFIX, Spill, remove_leftovers
 from fl_merge.store import MemorySource
 from fl_merge.types import Update

@@ -9,8 +9,9 @@ from typing import Any
 
 from fl_merge.errors import RecipeError
 from fl_merge.flower.watch import Evaluation, Watcher
+from fl_merge.model import GlobalModel
 from fl_merge.recipe import Recipe
-from fl_merge.rounds import GlobalModel, Refusal, RoundReport
+from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.runs.folder import RunFolder
 from fl_merge.types import MergeMethod
 

@@ -17,11 +17,12 @@ from flwr.server.strategy import FedAvg, Strategy
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.codecs import Numpy, npy_header
 from fl_merge.errors import DecodeError, RecipeError, TensorMismatchError, WeightError, one_line
-from fl_merge.flower.records import RecordSource, to_tensors
+from fl_merge.flower.records import RecordSource, to_record, views
 from fl_merge.flower.strategy import RunFailedError
 from fl_merge.hyperparameters import in_range
 from fl_merge.method import as_method
-from fl_merge.rounds import GlobalModel, Round, average_metrics
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Round, average_metrics
 from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -157,7 +158,8 @@ class LegacyFedMerge(Strategy):
         self._merged_rounds += 1
         self._model = model
         names = self._names(len(model.sent))
-        self._parameters = Parameters([Numpy().encode(model.sent[name]) for name in names], Numpy.tag)
+        sent = to_record({name: model.sent[name] for name in names}, encoded=model.encoded)
+        self._parameters = Parameters([sent[name].data for name in names], Numpy.tag)
         by_client = {client.cid: result for client, result in results}
         accepted = sorted((entry.client_id for entry in report.accepted), key=client_order)
         usable = [by_client[client_id] for client_id in accepted]
@@ -197,7 +199,7 @@ class LegacyFedMerge(Strategy):
                 f"parameter_names: found {len(self._given_names)} names, the model has {len(parameters.tensors)} arrays"
             )
         names = self._names(len(parameters.tensors))
-        model = GlobalModel.initial(to_tensors(_record(names, parameters)), self.method)
+        model = GlobalModel.initial(views(_record(names, parameters)), self.method)
         self._model, self._parameters = model, parameters
 
     def _names(self, count: int) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from fl_merge.flower.inprocess import Replied, Sent
 from fl_merge.flower.watch import Evaluation, Watcher
-from fl_merge.rounds import GlobalModel, Refusal, RoundReport
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.types import MergeMethod
 
 

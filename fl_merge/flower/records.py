@@ -13,7 +13,12 @@ from fl_merge.errors import DecodeError, RecipeError
 from fl_merge.types import TensorSpec
 
 
-def to_record(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None = None) -> ArrayRecord:
+def to_record(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | str | None = None,
+    *,
+    encoded: Mapping[tuple[str, torch.dtype], bytes] | None = None,
+) -> ArrayRecord:
     """An ArrayRecord of these tensors.
 
     What numpy has travels as Flower's own arrays do; bfloat16 travels as raw bytes under a tag of our own, which
@@ -22,6 +27,7 @@ def to_record(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None = N
     Args:
         tensors: a state dict.
         dtype: convert floating tensors to it first; None leaves them as they are.
+        encoded: the bytes of some of the tensors, by name and dtype, which are then taken as they are.
 
     Raises:
         RecipeError: for a dtype that does not travel.
@@ -35,7 +41,9 @@ def to_record(tensors: Mapping[str, Tensor], dtype: torch.dtype | str | None = N
         if label not in DTYPES:
             raise RecipeError(f"tensor '{name}': dtype {label} does not travel (known: {', '.join(DTYPES)})")
         codec = codec_for(tensor.dtype)
-        arrays[name] = Array(dtype=label, shape=tuple(tensor.shape), stype=codec.tag, data=codec.encode(tensor))
+        data = (encoded or {}).get((name, tensor.dtype))
+        data = codec.encode(tensor) if data is None else data
+        arrays[name] = Array(dtype=label, shape=tuple(tensor.shape), stype=codec.tag, data=data)
     return ArrayRecord(arrays)
 
 
@@ -45,8 +53,17 @@ def to_tensors(record: ArrayRecord) -> dict[str, Tensor]:
     Raises:
         DecodeError: naming the tensor, if its bytes are not what its header says.
     """
+    return {name: tensor.clone() for name, tensor in views(record).items()}
+
+
+def views(record: ArrayRecord) -> dict[str, Tensor]:
+    """The tensors of an ArrayRecord, as views of its bytes, which nobody may write to.
+
+    Raises:
+        DecodeError: as `to_tensors`.
+    """
     source = RecordSource(record)
-    return {name: source.read(name).clone() for name in source.specs()}
+    return {name: source.read(name) for name in source.specs()}
 
 
 def wire_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -16,7 +16,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.05, 1.0
 """Seconds between looks for a reply: short at first, longer while it does not come."""
 
 _AT_ONCE = 2
-"""Replies that are fetched at a time, the one that is being dealt with among them."""
+"""Replies that are fetched at a time, the one that is being dealt with among them, unless memory is to be saved."""
 
 _PATIENCE, _LAST_PATIENCE = 10.0, 5.0
 """Seconds after which a reply that is still on its way (its sender is uploading it, say) no longer keeps others from
@@ -30,9 +30,13 @@ class RepliesAsTheyCome(Grid):
     round of N models out of memory. Beyond these two there are in memory only replies that take so long to fetch that
     others are let past, so that a client that never ends its upload holds up nobody. A Grid that has them in memory
     anyway says so with an attribute `replies_are_in_memory` that is true.
+
+    Attributes:
+        sparing: fetch the next reply only when one has been dealt with: one is in memory, not two.
     """
 
     def __init__(self, grid: Grid) -> None:
+        self.sparing = False
         self._grid = grid
         self.nodes_are_fixed = bool(getattr(grid, "nodes_are_fixed", False))
         self._in_memory = bool(getattr(grid, "replies_are_in_memory", False))
@@ -104,6 +108,7 @@ class RepliesAsTheyCome(Grid):
     def _fetched(self, waiting: list[str], asked: Mapping[str, Metadata], deadline: float | None) -> Iterator[Message]:
         """One reply after another, each looked for in a thread of its own: its sender may hold it up."""
         looks = _Looks(self._grid)
+        at_once = 1 if self.sparing else _AT_ONCE
         due = dict.fromkeys(waiting, 0.0)  # when to look again for what has not come
         waits = dict.fromkeys(waiting, _FIRST_WAIT)
         last: set[str] | None = None  # once the time is up: what has still to be looked for a last time
@@ -115,7 +120,7 @@ class RepliesAsTheyCome(Grid):
             for message_id in list(due):
                 idle = message_id not in looks.begun
                 wanted = due[message_id] <= now if last is None else message_id in last
-                if idle and wanted and looks.in_the_way(_PATIENCE if last is None else _LAST_PATIENCE) < _AT_ONCE:
+                if idle and wanted and looks.in_the_way(_PATIENCE if last is None else _LAST_PATIENCE) < at_once:
                     looks.begin(message_id)
                     if last is not None:
                         last.discard(message_id)

@@ -53,6 +53,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "run-folder": "",
     "spill-folder": "",
     "max-spill-bytes": 0,
+    "running-sum": False,
 }
 """The keys of the run config that the server reads, with their defaults. 0 or "" means: not set."""
 
@@ -92,7 +93,9 @@ def run(
     settings = {key: _setting(key, config.get(key, default), default) for key, default in SETTINGS.items()}
     recipe = Recipe.from_config(config)
     state = dict(initial(config)) if initial is not None else _initial_model(str(settings["initial-model"]))
-    arrays = to_record(state)
+    tied = tied_names(state)
+    handed = [to_record(state)]  # taken out where it is used: nothing here keeps the initial model for the whole run
+    del state
     watchers: list[Watcher] = []
     if settings["run-folder"]:
         watchers.append(Journal(str(settings["run-folder"]), config))
@@ -110,7 +113,8 @@ def run(
         wire_dtype=str(settings["wire-dtype"]) or None,
         spill_folder=str(settings["spill-folder"]) or None,
         max_spill_bytes=int(settings["max-spill-bytes"]) or None,
-        tied=tied_names(state),
+        running_sum=bool(settings["running-sum"]),
+        tied=tied,
         watchers=watchers,
     )
 
@@ -122,7 +126,7 @@ def run(
 
     strategy.start(
         grid,
-        arrays,
+        handed.pop(),
         num_rounds=int(settings["num-server-rounds"]),
         timeout=float(settings["round-timeout"]),
         evaluate_fn=evaluated if evaluate is not None else None,

@@ -17,14 +17,18 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
 from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError, one_line
-from fl_merge.flower.records import RecordSource, to_record, to_tensors
+from fl_merge.flower._malloc import give_back_large_blocks
+from fl_merge.flower.records import RecordSource, to_record, views
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
-from fl_merge.rounds import GlobalModel, Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.running import RunningSum, running_factor
 from fl_merge.spill import Spill
+from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -75,6 +79,10 @@ class FedMerge(Strategy):
         max_spill_bytes: of a round's updates on disk; each sampled client may take an equal share. None: no limit.
         spill_above_bytes: without a `spill_folder`, the sampled nodes times the model's bytes above which updates are
             kept on disk (1 GB); None for never.
+        running_sum: in rounds whose updates would be kept on disk, add each to a running sum instead (see
+            `fl_merge.running`): that takes 16 bytes an element of disk, however many clients there are. For methods
+            whose coefficients are the clients' shares; the merged model is what it is otherwise to a last place,
+            whatever the order of arrival.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -105,6 +113,7 @@ class FedMerge(Strategy):
         spill_folder: str | Path | None = None,
         max_spill_bytes: int | None = None,
         spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
+        running_sum: bool = False,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         for name, count in {
@@ -122,6 +131,9 @@ class FedMerge(Strategy):
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         self.method = as_method(method)
+        if running_sum:
+            running_factor(self.method)  # or it is refused
+        self.running_sum = running_sum
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
@@ -145,6 +157,7 @@ class FedMerge(Strategy):
         self.watchers = tuple(watchers)
         self._model: GlobalModel | None = None
         self._record: ArrayRecord | None = None  # `_model` as it is given out
+        self._stand_in: ArrayRecord | None = None  # for the initial one in Flower's loop
         self._wire_record: ArrayRecord | None = None  # and as clients are sent it
         self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
         self._merged_rounds = 0
@@ -195,17 +208,22 @@ class FedMerge(Strategy):
             RunFailedError: if no round made a model.
         """
         self._adopt(initial_arrays)
+        # Flower's loop keeps what it is given to its end. This stands for the initial model, and is emptied when there
+        # is a merged one.
+        self._stand_in = ArrayRecord(dict(initial_arrays))
+        del initial_arrays
         self._merged_rounds, self._failures = 0, []
         watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
         for watcher in self._watchers():
             watcher.run_started(num_rounds, self.method)
         result = super().start(
-            RepliesAsTheyCome(grid), initial_arrays, num_rounds, timeout, train_config, evaluate_config, watched
+            RepliesAsTheyCome(grid), self._stand_in, num_rounds, timeout, train_config, evaluate_config, watched
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
             raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
         if not result.arrays:
-            result.arrays = initial_arrays
+            assert self._record is not None
+            result.arrays = self._record
         return result
 
     def _watchers(self) -> tuple[Watcher, ...]:
@@ -215,6 +233,8 @@ class FedMerge(Strategy):
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if arrays is self._stand_in and self._record is not None:
+                arrays = self._record
             metrics = evaluate_fn(server_round, arrays)
             if metrics is not None:
                 for watcher in self._watchers():
@@ -225,11 +245,13 @@ class FedMerge(Strategy):
 
     def _adopt(self, arrays: ArrayRecord) -> None:
         """Make `arrays` the global model, unless it is the record that the model was given out as."""
-        if arrays is self._record:
+        if arrays is self._record or arrays is self._stand_in:
             return
-        self._model = GlobalModel.initial(to_tensors(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
+        self._model = GlobalModel.initial(views(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
         self._record = arrays
-        self._wire_record = arrays if self.wire_dtype is None else to_record(self._model.sent)
+        self._wire_record = (
+            arrays if self.wire_dtype is None else to_record(self._model.sent, encoded=self._model.encoded)
+        )
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -259,7 +281,10 @@ class FedMerge(Strategy):
         try:
             with self._spill(len(nodes)) as spill:
                 if spill is not None:
+                    give_back_large_blocks()
                     spill.open()
+                if isinstance(grid, RepliesAsTheyCome):
+                    grid.sparing = spill is not None
         except MergeError as error:  # before clients train for nothing
             if self._merged_rounds == 0:
                 raise RunFailedError(str(error)) from error
@@ -274,6 +299,12 @@ class FedMerge(Strategy):
         if self.spill_folder is None and (self.spill_above_bytes is None or num_bytes <= self.spill_above_bytes):
             return contextlib.nullcontext()
         return Spill(self.spill_folder, self.max_spill_bytes, clients)
+
+    def _running_sum(self, server_round: int, spill: Spill | None) -> RunningSum | None:
+        if spill is None or not self.running_sum:
+            return None
+        base = MemorySource(self.model.sent, self.model.tied)
+        return RunningSum(self.method, base, spill.open(), seed=self.seed, round_number=server_round)
 
     def _no_round(self, server_round: int, why: str) -> list[Message]:
         """A round that asks nobody, because too few nodes are left: it fails, and the model stands."""
@@ -307,6 +338,7 @@ class FedMerge(Strategy):
                 max_num_examples=self.max_num_examples,
                 wire=self.wire_dtype,
                 spill=spill,
+                running=self._running_sum(server_round, spill),
             )
             for message in replies:
                 client_id = _client_of(message, askers)
@@ -323,8 +355,12 @@ class FedMerge(Strategy):
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
-            self._model, self._record = model, to_record(model.tensors())
-            self._wire_record = self._record if self.wire_dtype is None else to_record(model.sent)
+            if self._stand_in is not None:
+                self._stand_in.clear()
+            self._model, self._record = model, to_record(model.tensors(), encoded=model.encoded)
+            self._wire_record = (
+                self._record if self.wire_dtype is None else to_record(model.sent, encoded=model.encoded)
+            )
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = self._metrics(self.train_metrics_aggr_fn, contents, accepted)
         for watcher in self._watchers():

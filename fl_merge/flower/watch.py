@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fl_merge.rounds import GlobalModel, Refusal, RoundReport
+from fl_merge.model import GlobalModel
+from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.types import MergeMethod
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
-import flower_processes
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # the benchmark of the SuperLink starts them too
+import flower_processes
 
 
 @pytest.fixture(scope="package")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from apps import FEDMERGE, QUICKSTART, quickstart
-from flower_processes import FlowerHome, Run, SuperLink
 from torch import Tensor
 
 from fl_merge.flower.apps import load_app, run_app
+from flower_processes import FlowerHome, Run, SuperLink
 
 pytestmark = pytest.mark.end_to_end
 

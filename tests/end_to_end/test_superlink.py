@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from apps import FEDMERGE, quickstart
-from flower_processes import SuperLink
 from torch import Tensor
 
 from fl_merge.flower.apps import load_app, run_app
 from fl_merge.flower.inprocess import Replied, Sent
+from flower_processes import SuperLink
 
 pytestmark = pytest.mark.end_to_end
 

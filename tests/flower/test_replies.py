@@ -264,7 +264,10 @@ def test_a_reply_that_comes_late_within_the_time_is_taken() -> None:
     assert time.monotonic() - started < 3.0
 
 
-def test_at_most_two_replies_are_in_memory() -> None:
+@pytest.mark.parametrize(("spill_above", "wanted"), [(0, 1), (None, 2)])
+def test_at_most_two_messages_are_in_memory_and_one_where_updates_go_to_disk(
+    spill_above: int | None, wanted: int
+) -> None:
     alive: list[weakref.ref] = []
     most = 0
 
@@ -288,11 +291,11 @@ def test_at_most_two_replies_are_in_memory() -> None:
             weighted_average(),
             fraction_evaluate=0.0,
             watchers=[Slow()],
-            spill_above_bytes=0,
+            spill_above_bytes=spill_above,
             train_metrics_aggr_fn=None,
         )
         strategy.start(grid, to_record(BASE), num_rounds=1, timeout=5)
     finally:
         gc.enable()
     assert len(alive) == 12
-    assert most == 2
+    assert most == wanted

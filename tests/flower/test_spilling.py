@@ -12,6 +12,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_merge import Coordinate
+from fl_merge.errors import RecipeError
 from fl_merge.flower import FedMerge, RunFailedError, to_record
 from fl_merge.flower.client import receive, reply
 from fl_merge.flower.inprocess import InProcessGrid
@@ -147,6 +148,41 @@ def test_a_function_for_metrics_gets_the_replies_without_their_arrays(tmp_path):
     assert seen == [[["arrays", "metrics"]] * 4, [["metrics"]] * 4]
 
 
+class Shares:
+    """weighted_average, as a method that says to be a running sum."""
+
+    running = 1.0
+
+    def plan(self, spec):
+        return weighted_average().plan(spec)
+
+
+def test_a_running_sum_keeps_nothing_of_a_client(tmp_path):
+    ordinary, _ = run(weighted_average(), tmp_path)
+    summed, looks = run(Shares(), tmp_path, spill_folder=tmp_path, running_sum=True)
+    assert looks.seen == [0] * 8
+    assert all(report.failure is None for report in looks.rounds)
+    assert list(tmp_path.iterdir()) == []
+    assert summed["steps"] == ordinary["steps"]
+    one, other = (torch.frombuffer(bytearray(each["w"][-20000:]), dtype=torch.float32) for each in (summed, ordinary))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_running_sum_is_refused_for_other_methods_when_the_strategy_is_made():
+    with pytest.raises(RecipeError, match=r"^running_sum: found ties"):
+        FedMerge(ties(), running_sum=True)
+
+
+def test_a_full_disk_fails_the_round_of_a_running_sum(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fl_merge.running.claim", full)
+    with pytest.raises(RunFailedError, match=r"cannot keep a running sum .*No space left"):
+        run(Shares(), tmp_path, spill_folder=tmp_path, running_sum=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 MEASURED = """
@@ -222,3 +258,103 @@ def test_memory_is_that_of_one_model_however_many_clients_there_are(tmp_path):
     few, many = extra_megabytes(8, tmp_path), extra_megabytes(24, tmp_path)
     assert max(few, many) < 1.5 * 20 + 100, (few, many)
     assert many - few < 20, (few, many)  # sixteen messages more are 320 MB
+
+
+FEDERATION = """
+import gc, sys, threading, time
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from fl_merge import kernels
+from fl_merge.flower import FedMerge, to_record
+from fl_merge.flower._flwr import Run, TaskIdentity
+
+clients, rounds, folder, running = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "running"
+TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+torch.set_num_threads(1)
+kernels.load()
+noise = torch.randn(1_250_000)  # 5 MB: a block that glibc keeps for itself
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1000
+
+def record(seed):  # 40 MB, a tensor at a time
+    arrays = {}
+    for number in range(8):
+        arrays |= to_record({f"layers.{number}": noise * (seed + number)})
+    return ArrayRecord(arrays)
+
+class Makes(Grid):
+    asked = {}
+    run = Run.create_empty(1)
+    set_run = create_message = send_and_receive = None
+
+    def get_node_ids(self):
+        return list(range(1, clients + 1))
+
+    def push_messages(self, messages):
+        for number, message in enumerate(messages):
+            message.metadata.__dict__["_message_id"] = f"{message.metadata.group_id}-{number}"
+            self.asked[message.metadata.message_id] = message.metadata.dst_node_id
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, ids):
+        nodes = [self.asked.pop(each) for each in ids]
+        return [
+            Message(
+                RecordDict({"arrays": record(node), "metrics": MetricRecord({"num-examples": node})}),
+                dst_node_id=node,
+                message_type="train",
+            )
+            for node in nodes
+        ]
+
+class Shares:
+    running = 1.0
+    plan = FedMerge("weighted_average").method.plan
+
+def start(initial, rounds):
+    method = Shares() if running else "weighted_average"
+    strategy = FedMerge(method, fraction_evaluate=0.0, spill_folder=folder, running_sum=running)
+    strategy.start(Makes(), initial.pop(), num_rounds=rounds)
+
+start([record(98)], 1)  # what is loaded and allocated once
+initial = [record(99)]
+gc.collect()
+gc.disable()
+before = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+start(initial, rounds)
+done.set()
+watcher.join()
+print(f"extra {peak - before:.1f}")
+"""
+
+
+def extra_of_a_federation(clients, rounds, folder, how="spill"):
+    """Peak anonymous memory of a federation in megabytes, above the start, where the initial model is there already.
+
+    With the C library's own settings: what it keeps for itself counts.
+    """
+    command = [sys.executable, "-c", FEDERATION, str(clients), str(rounds), str(folder), how]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return float(ended.stdout.rpartition("extra ")[2])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("how", ["spill", "running"])
+def test_a_run_takes_the_memory_of_a_model_whatever_the_clients_and_the_rounds(how, tmp_path):
+    once, often = extra_of_a_federation(4, 1, tmp_path, how), extra_of_a_federation(12, 2, tmp_path, how)
+    assert max(once, often) < 1.5 * 40 + 40, (once, often)  # twelve models are 480 MB, an old one is 40
