@@ -50,6 +50,10 @@ from fl_merge import METHODS
 
 PARTS = ("files", "memory", "flower", "server", "kernels", "scaling")
 COUNTS = (2, 4, 8, 16, 32)
+BUSY = 0.25
+"""Load per core, before the run, from which others are in the way. Peers whose threads wait for one another then slow
+down far more than work in independent slices, so that even ratios are wrong."""
+
 MEMORY_METHODS = ("weighted_average", "ties")  # the one that holds least, and one that holds much
 AGREE = {  # where both define the same, and what is not the same all the same
     "weighted_average": "",
@@ -251,6 +255,8 @@ def main() -> None:
     arguments = parsed()
     report = Report(shlex.join(["python", "-m", "benchmarks.engine", *sys.argv[1:]]), arguments.markdown)
     report.line(machine())
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1):
+        report.line("Other programs are running: walls and their ratios do not hold, not even roughly.")
 
     def stop(*_: object) -> NoReturn:
         sys.exit(143)
