@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_merge.kernels.passes import BINS, Array, Inputs
+from fl_merge.kernels.passes import BINS, Array, Bracket, Counted, Inputs, bracket
 
 LARGEST = 0x7FFFFFFF
 """No magnitude has larger bits."""
@@ -52,6 +52,15 @@ class _Piece:
     stop: int
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """Where a client's delta is cut: the bits, how many elements just on it stay, how many each piece has."""
+
+    bits: int
+    wanted: int
+    equal: list[int]
+
+
 def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
     """The cut of each client.
 
@@ -74,42 +83,35 @@ def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapp
         for part in parts
         for start in range(0, part.inputs.numel, piece)
     ]
-    low_N, high_N = _guess(kernels, parts, count / total, total)
+    brackets = _guess(kernels, parts, count / total, total)
     cutoffs_N2 = torch.empty(clients, 2, dtype=torch.float64)
     left = list(range(clients))
     while left:
-
-        def between(at: _Piece, left: list[int] = left) -> tuple[Array, list[Array], Array]:
-            return at.part.inputs.some(left).between(at.start, at.stop, low_N[left], high_N[left])
-
-        found = list(mapped(between, pieces))
+        found = list(mapped(functools.partial(_counted, left, [brackets[client] for client in left]), pieces))
         misled = []
         for place, client in enumerate(left):
-            above = sum(int(above_N[place]) for above_N, _, _ in found)
-            used = [int(used_N[place]) for _, _, used_N in found]
-            if not above < count <= above + sum(used):
+            cut = _found(kernels, brackets[client], count, [counted[place] for counted in found])
+            if cut is None:
+                bits = _by_histograms(client, count, pieces, mapped)
+                brackets[client] = Bracket(bits, bits, (bits,))
                 misled.append(client)
-                low_N[client] = high_N[client] = _by_histograms(client, count, pieces, mapped)
-                continue
-            bits, larger, equal = int(low_N[client]), above, used
-            if low_N[client] != high_N[client]:
-                values = [between_N[place] for _, between_N, _ in found]
-                bits = int(kernels.nth_largest(np.concatenate(values), count - above))
-                larger += sum(int(np.count_nonzero(each > bits)) for each in values)
-                equal = [int(np.count_nonzero(each == bits)) for each in values]
-            cutoffs_N2[client, 0] = float(np.uint32(bits).view(np.float32))
-            cutoffs_N2[client, 1] = _last(client, bits, count - larger, equal, pieces, total)
+            else:
+                cutoffs_N2[client, 0] = float(np.uint32(cut.bits).view(np.float32))
+                cutoffs_N2[client, 1] = _last(client, cut, pieces, total)
         left = misled
     return cutoffs_N2
 
 
-def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: int) -> tuple[Array, Array]:
-    """Between which bits each client's cut should be, by a sample; (N,) and (N,), uint32."""
+def _counted(clients: list[int], brackets: list[Bracket], at: _Piece) -> list[Counted]:
+    return at.part.inputs.some(clients).between(at.start, at.stop, brackets)
+
+
+def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: int) -> list[Bracket]:
+    """Between which bits each client's cut should be, by a sample."""
     clients = parts[0].inputs.clients
-    low_N, high_N = np.zeros(clients, np.uint32), np.full(clients, LARGEST, np.uint32)
     if total <= _EVERYTHING:
-        return low_N, high_N
-    wanted = 1 << (14 if total < 1 << 23 else 16 if total < 1 << 28 else 18)
+        return [Bracket(0, LARGEST)] * clients
+    wanted = min(max(total // 64, 1 << 12), 1 << 18)
     samples = []
     for part in parts:
         runs = min(math.ceil(wanted * part.inputs.numel / total / _RUN), part.inputs.numel // _RUN)
@@ -120,12 +122,28 @@ def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: i
     size = bits_NM.shape[1]
     margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
     upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
-    for client in range(clients):
-        if upper >= 1:
-            high_N[client] = kernels.nth_largest(bits_NM[client], upper)
-        if lower <= size:
-            low_N[client] = kernels.nth_largest(bits_NM[client], lower)
-    return low_N, high_N
+    return [bracket(kernels, bits_M, upper, lower) for bits_M in bits_NM]
+
+
+def _found(kernels: ModuleType, limits: Bracket, count: int, counted: Sequence[Counted]) -> _Cut | None:
+    """The cut, if it is in the bracket.
+
+    Args:
+        counted: of each piece.
+    """
+    if limits.values:
+        for place, value in enumerate(limits.values):
+            larger = sum(int(each.above_V[place]) for each in counted)
+            equal = [int(each.equal_V[place]) for each in counted]
+            if larger < count <= larger + sum(equal):
+                return _Cut(value, count - larger, equal)
+        return None
+    above = sum(int(each.above_V[0]) for each in counted)
+    if not above < count <= above + sum(each.between_M.size for each in counted):
+        return None
+    bits = int(kernels.nth_largest(np.concatenate([each.between_M for each in counted]), count - above))
+    larger = above + sum(int(np.count_nonzero(each.between_M > bits)) for each in counted)
+    return _Cut(bits, count - larger, [int(np.count_nonzero(each.between_M == bits)) for each in counted])
 
 
 def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
@@ -149,16 +167,13 @@ def _count(client: int, limits: tuple[int, int, int], at: _Piece) -> Array:
     return at.part.inputs.count(client, at.start, at.stop, *limits)
 
 
-def _last(client: int, bits: int, wanted: int, equal: Sequence[int], pieces: Sequence[_Piece], total: int) -> int:
-    """The place of the last element just on the cut that stays: of those the first `wanted` do.
-
-    Args:
-        equal: how many there are in each piece.
-    """
-    if wanted == sum(equal):
+def _last(client: int, cut: _Cut, pieces: Sequence[_Piece], total: int) -> int:
+    """The place of the last element just on the cut that stays."""
+    wanted = cut.wanted
+    if wanted == sum(cut.equal):
         return total - 1
-    for at, here in zip(pieces, equal, strict=True):
+    for at, here in zip(pieces, cut.equal, strict=True):
         if wanted <= here:
-            return at.part.offset + at.part.inputs.nth_equal(client, at.start, at.stop, bits, wanted)
+            return at.part.offset + at.part.inputs.nth_equal(client, at.start, at.stop, cut.bits, wanted)
         wanted -= here
     raise AssertionError("fewer elements than were counted")

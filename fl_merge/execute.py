@@ -193,7 +193,7 @@ class _Run:
                 filler = self._fillers.prepare(output, dtype, map)
                 self._fill(filler, output, *pieces[0])
                 for piece in filler.again():
-                    self._fill(filler, output, *piece)
+                    self._fill(filler, output, *piece, again=True)
                 self._done(output)
 
             self._jobs.append(self._pool.submit(whole))
@@ -205,26 +205,25 @@ class _Run:
         while self._jobs:
             self._jobs.popleft().result()
 
-    def _fill_all(self, filler: Filler, output: Output, pieces: list[tuple[int, int]]) -> None:
+    def _fill_all(self, filler: Filler, output: Output, pieces: list[tuple[int, int]], *, again: bool = False) -> None:
         unfinished = len(pieces)
 
         def fill(start: int, stop: int) -> None:
             nonlocal unfinished
-            self._fill(filler, output, start, stop)
+            self._fill(filler, output, start, stop, again=again)
             with self._counting:
                 unfinished -= 1
                 last = unfinished == 0
             if last:
-                again = filler.again()
-                if again:
-                    self._fill_all(filler, output, again)
+                if not again and (second := filler.again()):
+                    self._fill_all(filler, output, second, again=True)
                 else:
                     self._done(output)
 
         for start, stop in pieces:
             self._jobs.append(self._pool.submit(fill, start, stop))
 
-    def _fill(self, filler: Filler, output: Output, start: int, stop: int) -> None:
+    def _fill(self, filler: Filler, output: Output, start: int, stop: int, *, again: bool = False) -> None:
         names = self._names[output.name]
         place_S = self._sink.place(names[0])
         out_S = (
@@ -232,7 +231,10 @@ class _Run:
             if place_S is not None
             else torch.empty(stop - start, dtype=self._written[names[0]].dtype)
         )
-        filler.fill(start, stop, out_S)
+        if again:
+            filler.refill(start, stop, out_S, filled=place_S is not None)
+        else:
+            filler.fill(start, stop, out_S)
         for name in names if place_S is None else names[1:]:
             self._sink.write(name, start, out_S)
 

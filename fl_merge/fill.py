@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
-from fl_merge.kernels.passes import LIMITS, Inputs
+from fl_merge.kernels.passes import LIMITS, Draws, Inputs
 from fl_merge.ops.gram import GramSum
 from fl_merge.ops.sparsify import keep_count
 from fl_merge.reading import Versions, flat, pieces, serves, shaped, whole_deltas
@@ -51,8 +51,17 @@ class Filler:
         raise NotImplementedError
 
     def again(self) -> list[tuple[int, int]]:
-        """Asked when all pieces are filled: those that have to be filled once more."""
+        """Asked when all pieces are filled: those that have to be filled a second time."""
         return []
+
+    def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
+        """Fill a piece the second time.
+
+        Args:
+            start, stop, out_S: as for `fill`.
+            filled: whether `out_S` still holds what was filled in the first time.
+        """
+        raise NotImplementedError
 
     def _refuse(self, largest: float) -> MergeError:
         magnitude = math.inf if math.isnan(largest) else largest
@@ -100,7 +109,7 @@ class CompiledStages(Filler):
     """Pruning, election and sum, by a compiled pass.
 
     An election that is a draw is won by the sign that most of the tensor's elements have, which is known only when all
-    are counted. Plus is assumed first; if it turns out to be minus, the pieces that have draws are filled again.
+    are counted. Plus is assumed first; what minus would give is noted, and put in place if it turns out to be minus.
     """
 
     def __init__(
@@ -117,8 +126,8 @@ class CompiledStages(Filler):
         self._native = native
         self._counting = threading.Lock()
         self._tally = 0
-        self._with_draws: list[tuple[int, int]] = []
-        self._majority = 1
+        self._minus = False
+        self._draws: dict[tuple[int, int], Draws] = {}
         prune = stages.prune
         self._arguments: dict[str, Any] = {
             "weights_N": weights_N,
@@ -132,21 +141,28 @@ class CompiledStages(Filler):
         }
 
     def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        bits, tally, draws = self._native.prune_combine(
-            **self._arguments, majority=self._majority, start=start, stop=stop, out_S=out_S
-        )
-        self._require(bits)
+        draws = self._plus(start, stop, out_S, (stop - start) // 16)
         with self._counting:
-            self._tally += tally
-            if draws:
-                self._with_draws.append((start, stop))
+            self._tally += draws.tally
+            if draws.count:
+                self._draws[start, stop] = draws
+
+    def _plus(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
+        bits, draws = self._native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
+        self._require(bits)
+        return draws
 
     def again(self) -> list[tuple[int, int]]:
-        if self._majority == 1 and self._tally < 0:
-            self._majority = -1
-            again, self._with_draws = self._with_draws, []
-            return again
-        return []
+        return list(self._draws) if self._tally < 0 else []
+
+    def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
+        draws = self._draws.pop((start, stop))
+        if not filled or draws.count > len(draws.places_M):
+            draws = self._plus(start, stop, out_S, draws.count)
+        Defined(self._output, self._dtype, lambda *_: torch.from_numpy(draws.otherwise_M)).fill(
+            0, draws.count, minus_M := torch.empty(draws.count, dtype=self._dtype)
+        )
+        out_S[torch.from_numpy(draws.places_M - start)] = minus_M
 
 
 class Fillers:

@@ -1,6 +1,7 @@
 """Everything that numba compiles, in one module: importing it is what costs time."""
 
 from fl_merge.kernels.counting import (
+    bracket,
     count_magnitudes,
     largest_magnitude,
     magnitudes_between,
@@ -11,6 +12,7 @@ from fl_merge.kernels.counting import (
 from fl_merge.kernels.merging import prune_combine, uniform, vectors, weighted_sum
 
 __all__ = [
+    "bracket",
     "count_magnitudes",
     "largest_magnitude",
     "magnitudes_between",

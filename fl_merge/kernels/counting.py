@@ -93,13 +93,61 @@ def nth_largest(bits_M, rank):
 
 
 @compiled_pass
-def magnitudes_between(base, base_code, clients_N, codes_N, start, stop, low_N, high_N, above_N, found_NM, used_N):
-    """Count, for each client, the deltas of a piece whose magnitude's bits are above `high`, and find those from `low`
-    to `high`. Where these two are equal, they are counted and not written down.
+def bracket(bits_M, upper, lower, values_V):
+    """The elements of two ranks, and the different values from one to the other if these are few.
 
     Args:
-        above_N, used_N: zeros; how many there are of each.
-        found_NM: takes the bits of what is found, in order.
+        upper, lower: ranks from 1, the largest first; beyond the sample for no limit.
+        values_V: takes the values, in no order.
+
+    Returns:
+        The lower value, the upper one, and how many values there are; 0 if there are more than have room.
+    """
+    if upper < 1 or lower > bits_M.size:
+        return (
+            np.uint32(0) if lower > bits_M.size else _nth_largest(bits_M, lower),
+            np.uint32(MAGNITUDE) if upper < 1 else _nth_largest(bits_M, upper),
+            0,
+        )
+    low, high = _nth_largest(bits_M, lower), _nth_largest(bits_M, upper)
+    known = 0
+    for m in range(bits_M.size):
+        if low <= bits_M[m] <= high:
+            seen = False
+            for v in range(known):
+                seen |= values_V[v] == bits_M[m]
+            if not seen:
+                if known == values_V.size:
+                    return low, high, 0
+                values_V[known] = bits_M[m]
+                known += 1
+    return low, high, known
+
+
+@compiled_pass
+def magnitudes_between(
+    base,
+    base_code,
+    clients_N,
+    codes_N,
+    start,
+    stop,
+    low_N,
+    high_N,
+    values_NV,
+    known_N,
+    above_NV,
+    equal_NV,
+    found_NM,
+    used_N,
+):
+    """Count the deltas of a piece by the bits of their magnitudes: for each client either those above and equal to some
+    values, or those above `high`, and then those from `low` to `high` are written down.
+
+    Args:
+        known_N: how many values there are; 0 for limits.
+        above_NV, equal_NV: are added to.
+        found_NM, used_N: take what is between the limits, in order, and count it.
 
     Returns:
         Where it stopped, because a row of `found_NM` has no room for another block; else `stop`.
@@ -107,34 +155,33 @@ def magnitudes_between(base, base_code, clients_N, codes_N, start, stop, low_N, 
     base_store = np.empty(BLOCK, np.float32)
     delta_store = np.empty(BLOCK, np.float32)
     bits_store = np.empty(BLOCK, np.uint32)
-    many_NB = np.zeros((clients_N.size, BLOCK), np.uint32)
-    equal_NB = np.zeros((clients_N.size, BLOCK), np.uint32)
-    end = stop
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         if used_N.max() + size + _ROW > found_NM.shape[1]:
-            end = begin
-            break
+            return begin
         base_B, delta_B, bits_B = base_store[:size], delta_store[:size], bits_store[:size]
         load(base, base_code, begin, base_B)
         for n in range(clients_N.size):
-            low, high = low_N[n], high_N[n]
-            many_B, equal_B = many_NB[n], equal_NB[n]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
             for s in range(size):
-                bits = np.uint32(bits_of(delta_B[s]) & MAGNITUDE)
-                bits_B[s] = bits
-                many_B[s] += np.uint32(1) if bits > high else np.uint32(0)
-            if low == high:
-                for s in range(size):
-                    equal_B[s] += np.uint32(1) if bits_B[s] == low else np.uint32(0)
+                bits_B[s] = np.uint32(bits_of(delta_B[s]) & MAGNITUDE)
+            if known_N[n]:
+                for v in range(known_N[n]):
+                    value = values_NV[n, v]
+                    above, equal = 0, 0
+                    for s in range(size):
+                        above += bits_B[s] > value
+                        equal += bits_B[s] == value
+                    above_NV[n, v] += above
+                    equal_NV[n, v] += equal
             else:
-                used_N[n] = _between(bits_B, low, np.uint32(high - low), found_NM[n], used_N[n])
-    for n in range(clients_N.size):
-        for s in range(BLOCK):
-            above_N[n] += many_NB[n, s]
-            used_N[n] += equal_NB[n, s]
-    return end
+                high = high_N[n]
+                above = 0
+                for s in range(size):
+                    above += bits_B[s] > high
+                above_NV[n, 0] += above
+                used_N[n] = _between(bits_B, low_N[n], np.uint32(high - low_N[n]), found_NM[n], used_N[n])
+    return stop
 
 
 @compiled_part
@@ -182,6 +229,12 @@ def nth_equal(base, base_code, client, code, start, stop, wanted, nth):
         base_B, delta_B = base_store[:size], delta_store[:size]
         load(base, base_code, begin, base_B)
         load_delta(client, code, begin, base_B, delta_B)
+        here = 0
+        for s in range(size):
+            here += np.uint32(bits_of(delta_B[s]) & MAGNITUDE) == wanted
+        if here < nth:
+            nth -= here
+            continue
         for s in range(size):
             if np.uint32(bits_of(delta_B[s]) & MAGNITUDE) == wanted:
                 nth -= 1

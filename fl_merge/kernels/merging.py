@@ -95,68 +95,80 @@ def _keep_random(delta_B, key, start, limit, divisor, draws_H):
     for h in range((delta_B.size + 1) // 2):
         draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)
     words_B = draws_H.view(np.uint32)
-    for s in range(delta_B.size):
-        delta_B[s] = delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)
-    if divisor != _ONE:
+    if divisor == _ONE:
         for s in range(delta_B.size):
-            delta_B[s] = delta_B[s] / divisor
+            delta_B[s] = delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)
+    else:
+        for s in range(delta_B.size):
+            delta_B[s] = (delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)) / divisor
 
 
 @compiled_part
-def _keep_largest(delta_B, threshold, last):
-    """Keep an element above the threshold, or just on it if it is not behind the place `last`."""
+def _keep_largest(delta_B, threshold, above, last):
+    """Keep an element above the threshold, or just on it if it is not behind the place `last`.
+
+    Args:
+        above: the float32 that follows the threshold.
+    """
     before = min(max(last + 1, 0), delta_B.size)
     head_B, tail_B = delta_B[:before], delta_B[before:]
     for s in range(head_B.size):
         head_B[s] = head_B[s] * (_ONE if abs(head_B[s]) >= threshold else _ZERO)
     for s in range(tail_B.size):
-        tail_B[s] = tail_B[s] * (_ONE if abs(tail_B[s]) > threshold else _ZERO)
+        tail_B[s] = tail_B[s] * (_ONE if abs(tail_B[s]) >= above else _ZERO)
 
 
 @compiled_part
-def _weighted_sum(delta_NB, weights_N, out_B):
-    weight = weights_N[0]
-    for s in range(out_B.size):
-        out_B[s] = delta_NB[0, s] * weight
-    for n in range(1, weights_N.size):
-        weight = weights_N[n]
-        delta_B = delta_NB[n]
-        for s in range(out_B.size):
-            out_B[s] += delta_B[s] * weight
+def _add(delta_B, weight, total_B):
+    for s in range(total_B.size):
+        total_B[s] += delta_B[s] * weight
 
 
 @compiled_part
-def _votes(delta_NB, moved_B, out_B):
-    """How many clients move an element up, less how many move it down."""
-    for s in range(out_B.size):
-        out_B[s] = _ZERO
-    for n in range(delta_NB.shape[0]):
-        delta_B = delta_NB[n]
-        for s in range(out_B.size):
-            out_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
+def _add_votes(delta_B, total_B):
+    for s in range(total_B.size):
+        total_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
 
 
 @compiled_part
-def _disjoint(delta_NB, weights_N, elected_B, normalize, share_B, out_B):
+def _disjoint(delta_NB, weights_N, sign_B, normalize, share_B, out_B):
     """The weighted sum (or mean) over the clients whose delta has the elected sign."""
     size = out_B.size
-    for n in range(weights_N.size):
-        weight = weights_N[n]
-        delta_B = delta_NB[n, :size]
-        for s in range(size):
-            delta = delta_B[s]
-            # Not the sign of a product, which could underflow to 0.
-            same = ((delta > _ZERO) & (elected_B[s] > _ZERO)) | ((delta < _ZERO) & (elected_B[s] < _ZERO))
-            agrees = _ONE if same else _ZERO
-            product = (delta * agrees) * weight
-            part = agrees * weight
-            out_B[s] = product if n == 0 else out_B[s] + product
-            share_B[s] = part if n == 0 else share_B[s] + part
+    out_B[:] = -_ZERO
     if normalize:
+        share_B[:] = _ZERO
+        for n in range(weights_N.size):
+            weight = weights_N[n]
+            delta_B = delta_NB[n, :size]
+            for s in range(size):
+                agrees = _ONE if delta_B[s] * sign_B[s] > _ZERO else _ZERO
+                out_B[s] += (delta_B[s] * agrees) * weight
+                share_B[s] += agrees * weight
         for s in range(size):
             share = share_B[s]
             quotient = out_B[s] / (share if share > _ZERO else _ONE)
             out_B[s] = quotient if share > _ZERO else _ZERO
+    else:
+        for n in range(weights_N.size):
+            weight = weights_N[n]
+            delta_B = delta_NB[n, :size]
+            for s in range(size):
+                agrees = _ONE if delta_B[s] * sign_B[s] > _ZERO else _ZERO
+                out_B[s] += (delta_B[s] * agrees) * weight
+
+
+@compiled_part
+def _with_minus(delta_NB, weights_N, s, normalize):
+    """`_disjoint` of one element for the sign -1."""
+    total, share = -_ZERO, _ZERO
+    for n in range(weights_N.size):
+        delta = delta_NB[n, s]
+        agrees = _ONE if delta < _ZERO else _ZERO
+        total += (delta * agrees) * weights_N[n]
+        share += agrees * weights_N[n]
+    if normalize:
+        return np.float32(total / share) if share > _ZERO else _ZERO
+    return np.float32(total)
 
 
 @compiled_pass
@@ -168,29 +180,34 @@ def prune_combine(
     weights_N,
     prune,
     thresholds_N,
+    above_N,
     last_N,
     keys_N,
     limit,
     divisor,
     elect,
-    majority,
     normalize,
     scale,
     start,
     stop,
     out,
     out_code,
+    drawn_M,
+    otherwise_M,
 ):
-    """base + scale * combine(prune(deltas)): see `fl_merge.sparse`.
+    """base + scale * combine(prune(deltas)): see `fl_merge.stages`.
+
+    An election that is a draw is won by the sign that most of the tensor's elements have, which is known only when all
+    are counted. Here it is plus; what comes out with minus is noted beside it.
 
     Args:
-        thresholds_N, last_N: for KEEP_LARGEST; `last_N` counts within the tensor.
+        thresholds_N, above_N, last_N: for KEEP_LARGEST; `last_N` counts within the tensor.
         keys_N, limit, divisor: for KEEP_RANDOM.
-        majority: 1 or -1: the sign that wins where an election is a draw.
+        drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
 
     Returns:
-        The bits of the largest float32 magnitude in the result, the sum of the elected signs before draws are settled,
-        and whether there were draws.
+        The bits of the largest float32 magnitude in the result; the sum of the elected signs; and how many draws there
+        were, of which only as many are noted as there is room for.
     """
     count = clients_N.size
     base_store = np.empty(BLOCK, np.float32)
@@ -202,48 +219,57 @@ def prune_combine(
     draws_H = np.empty(BLOCK // 2, np.uint64)
     net_store = np.zeros(BLOCK, np.int32)
     largest = np.uint32(0)
-    draws = False
+    draws = 0
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        base_B, value_B = base_store[:size], value_store[:size]
-        elected_B, moved_B, share_B = elected_store[:size], moved_store[:size], share_store[:size]
-        net_B = net_store[:size]
+        base_B, value_B, elected_B = base_store[:size], value_store[:size], elected_store[:size]
+        moved_B, share_B, net_B = moved_store[:size], share_store[:size], net_store[:size]
         load(base, base_code, begin, base_B)
+        elected_B[:] = -_ZERO
         for n in range(count):
             delta_B = deltas[n, :size]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
             if prune == KEEP_LARGEST:
-                _keep_largest(delta_B, thresholds_N[n], last_N[n] - begin)
+                _keep_largest(delta_B, thresholds_N[n], above_N[n], last_N[n] - begin)
             elif prune == KEEP_RANDOM:
                 _keep_random(delta_B, keys_N[n], begin, limit, divisor, draws_H)
-        if elect == ELECT_NONE:
-            _weighted_sum(deltas, weights_N, value_B)
-        else:
-            if elect == ELECT_TOTAL:
-                _weighted_sum(deltas, weights_N, elected_B)
+            if elect == ELECT_FREQUENCY:
+                _add_votes(delta_B, elected_B)
             else:
-                _votes(deltas, moved_B, elected_B)
-            weakest = MAGNITUDE
+                _add(delta_B, weights_N[n], elected_B)
+        if elect == ELECT_NONE:
             for s in range(size):
-                net_B[s] += np.int32(elected_B[s] > _ZERO) - np.int32(elected_B[s] < _ZERO)
-                magnitude = np.uint32(bits_of(elected_B[s]) & MAGNITUDE)
-                if magnitude < weakest:
-                    weakest = magnitude
-            if weakest == 0:
+                value_B[s] = base_B[s] + elected_B[s] * scale
+            largest = max(largest, store(value_B, out, out_code, begin))
+            continue
+        weakest = MAGNITUDE
+        for s in range(size):
+            magnitude = np.uint32(bits_of(elected_B[s]) & MAGNITUDE)
+            if magnitude < weakest:
+                weakest = magnitude
+            elected_B[s] = _ONE if elected_B[s] > _ZERO else (-_ONE if elected_B[s] < _ZERO else _ZERO)
+            net_B[s] += np.int32(elected_B[s])
+        drawn = 0
+        if weakest == 0:
+            moved_B[:] = _ZERO
+            for n in range(count):
+                delta_B = deltas[n, :size]
                 for s in range(size):
-                    moved_B[s] = _ZERO
-                for n in range(count):
-                    delta_B = deltas[n, :size]
-                    for s in range(size):
-                        moved_B[s] = _ONE if delta_B[s] != _ZERO else moved_B[s]
-                drawn = np.uint32(0)
-                for s in range(size):
-                    drawn = np.uint32(drawn | np.uint32((elected_B[s] == _ZERO) & (moved_B[s] > _ZERO)))
-                if drawn:
-                    draws = True
-                    for s in range(size):
-                        elected_B[s] = majority if elected_B[s] == _ZERO else elected_B[s]
-            _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
+                    moved_B[s] = max(moved_B[s], abs(delta_B[s]))
+            for s in range(size):
+                draw = elected_B[s] == _ZERO and moved_B[s] > _ZERO
+                elected_B[s] = _ONE if draw else elected_B[s]
+                moved_B[s] = _ONE if draw else _ZERO
+            for s in range(size):
+                drawn += np.int32(moved_B[s])
+        _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
+        if drawn:
+            for s in range(size):
+                if moved_B[s] > _ZERO:
+                    if draws < drawn_M.size:
+                        drawn_M[draws] = begin + s
+                        otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
+                    draws += 1
         for s in range(size):
             value_B[s] = base_B[s] + value_B[s] * scale
         largest = max(largest, store(value_B, out, out_code, begin))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Self
 
@@ -27,6 +28,56 @@ BINS = 1 << 14
 """How many bins `count` tells apart."""
 
 Array = np.ndarray[Any, Any]
+
+
+VALUES = 4
+"""In how many different values a bracket is known."""
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Between which bits, both included, a magnitude is looked for.
+
+    Args:
+        low, high: the ends.
+        values: the few values, the largest first, that it is thought to be one of; empty if there are too many.
+    """
+
+    low: int
+    high: int
+    values: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How magnitudes lie to a bracket.
+
+    Args:
+        above_V: how many are above each of its values, (V,); with no values the first says how many are above `high`.
+        equal_V: how many are each of its values.
+        between_M: with no values, those from `low` to `high`, uint32, in order.
+    """
+
+    above_V: Array
+    equal_V: Array
+    between_M: Array
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The elections of a piece.
+
+    Args:
+        tally: the sum of the elected signs.
+        count: how many elections were draws.
+        places_M: where, within the tensor, as far as there was room.
+        otherwise_M: float32: what the merged values would be there if minus had won.
+    """
+
+    tally: int
+    count: int
+    places_M: Array
+    otherwise_M: Array
 
 
 class Inputs:
@@ -100,13 +151,13 @@ class Inputs:
         density: float = 1.0,
         rescale: bool = False,
         election: str | None = None,
-        majority: int = 1,
         normalize: bool = True,
         scale: float = 1.0,
         start: int,
         stop: int,
         out_S: Tensor,
-    ) -> tuple[int, int, bool]:
+        room: int = 0,
+    ) -> tuple[int, Draws]:
         """Write base + scale * combine(prune(deltas)) of the elements from start to stop to `out_S`.
 
         Args:
@@ -114,40 +165,45 @@ class Inputs:
             cutoffs_N2: (N, 2), float64: keep the largest, as `ops.sparsify.keep_largest`; indexes within the tensor.
             keys_N: of the draws of each client: keep by chance, as `ops.sparsify.keep_random`.
             density, rescale: of the latter.
-            election: None for the plain weighted sum; "total" or "frequency", as `ops.consensus.elect_sign`.
-            majority: the sign that wins a draw.
+            election: None for the plain weighted sum; "total" or "frequency", as `ops.consensus.elect_sign`. Plus wins
+                where an election is a draw.
             normalize, scale: as in `fl_merge.stages`.
             out_S: as long as the piece; float32, bfloat16 or float16.
+            room: for how many draws to note what minus would give.
 
         Returns:
-            The bits of the largest float32 magnitude, the sum of the elected signs, whether there were draws.
+            The bits of the largest float32 magnitude, and the election's draws.
         """
         out, code = _output(out_S, start)
-        count = self.clients
-        thresholds_N, last_N = np.zeros(count, np.float32), np.zeros(count, np.int64)
+        thresholds_N, last_N = np.zeros(self.clients, np.float32), np.zeros(self.clients, np.int64)
         if cutoffs_N2 is not None:
-            thresholds_N, last_N = cutoffs_N2[:, 0].float().numpy(), cutoffs_N2[:, 1].long().numpy()
+            thresholds_N = np.ascontiguousarray(cutoffs_N2[:, 0].float().numpy())
+            last_N = np.ascontiguousarray(cutoffs_N2[:, 1].long().numpy())
+        places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
         largest, tally, draws = self._kernels.prune_combine(
             *self._base,
             self._addresses_N,
             self._codes_N,
             weights_N.float().numpy(),
             1 if cutoffs_N2 is not None else (2 if keys_N is not None else 0),
-            np.ascontiguousarray(thresholds_N),
-            np.ascontiguousarray(last_N),
-            np.array(keys_N if keys_N is not None else [0] * count, dtype=np.uint64),
+            thresholds_N,
+            np.nextafter(thresholds_N, np.float32(np.inf)),
+            last_N,
+            np.array(keys_N if keys_N is not None else [0] * self.clients, dtype=np.uint64),
             np.uint32(math.ceil(density * 2**32) - 1),
             np.float32(density if rescale else 1.0),
             {None: 0, "total": 1, "frequency": 2}[election],
-            np.float32(majority),
             bool(normalize),
             np.float32(scale),
             start,
             stop,
             out,
             code,
+            places_M,
+            otherwise_M,
         )
-        return int(largest), int(tally), bool(draws)
+        noted = min(int(draws), room)
+        return int(largest), Draws(int(tally), int(draws), places_M[:noted].copy(), otherwise_M[:noted].copy())
 
     def vectors(self, on: str, start: int, out_NS: Tensor) -> None:
         """Write the float32 deltas or weights from `start` on to `out_NS`, (N, S) float64."""
@@ -159,25 +215,38 @@ class Inputs:
         self._kernels.sample_magnitudes(*self._base, self._addresses_N, self._codes_N, starts_R, bits_NM)
         return bits_NM
 
-    def between(self, start: int, stop: int, low_N: Array, high_N: Array) -> tuple[Array, list[Array], Array]:
-        """The magnitudes from start to stop, as the bits of float32, that are above `high` or from `low` to `high`.
-
-        Returns:
-            How many are above, (N,); of each client those between, uint32, in order (none where low equals high); how
-            many are between, (N,).
-        """
-        above_N, used_N = np.zeros(self.clients, np.int64), np.zeros(self.clients, np.int64)
-        found_NM = np.empty((self.clients, ROOM), np.uint32)
-        parts: list[list[Array]] = [[] for _ in range(self.clients)]
+    def between(self, start: int, stop: int, brackets: Sequence[Bracket]) -> list[Counted]:
+        """How the magnitudes of the deltas from start to stop, as the bits of float32, lie to each client's bracket."""
+        low_N = np.array([bracket.low for bracket in brackets], np.uint32)
+        high_N = np.array([bracket.high for bracket in brackets], np.uint32)
+        values_NV = np.zeros((self.clients, VALUES), np.uint32)
+        known_N = np.array([len(bracket.values) for bracket in brackets], np.int64)
+        for values_V, bracket in zip(values_NV, brackets, strict=True):
+            values_V[: len(bracket.values)] = bracket.values
+        above_NV, equal_NV = (np.zeros((self.clients, VALUES), np.int64) for _ in range(2))
+        found_NM = np.empty((self.clients, ROOM if (known_N == 0).any() else 2048), np.uint32)
+        parts: list[list[Array]] = [[np.empty(0, np.uint32)] for _ in brackets]
+        limits = low_N, high_N, values_NV, known_N
         while start < stop:
-            part_N = np.zeros(self.clients, np.int64)
+            used_N = np.zeros(self.clients, np.int64)
             start = self._kernels.magnitudes_between(
-                *self._base, self._addresses_N, self._codes_N, start, stop, low_N, high_N, above_N, found_NM, part_N
+                *self._base,
+                self._addresses_N,
+                self._codes_N,
+                start,
+                stop,
+                *limits,
+                above_NV,
+                equal_NV,
+                found_NM,
+                used_N,
             )
-            used_N += part_N
-            for client in np.flatnonzero(low_N != high_N):
-                parts[client].append(found_NM[client, : part_N[client]].copy())
-        return above_N, [np.concatenate([np.empty(0, np.uint32), *found]) for found in parts], used_N
+            for client in np.flatnonzero(known_N == 0):
+                parts[client].append(found_NM[client, : used_N[client]].copy())
+        return [
+            Counted(above_V, equal_V, np.concatenate(found))
+            for above_V, equal_V, found in zip(above_NV, equal_NV, parts, strict=True)
+        ]
 
     def count(self, client: int, start: int, stop: int, low: int, high: int, shift: int) -> Array:
         """(BINS,) int64: how many of a client's magnitudes are in each bin of 2^shift bits from `low` to `high`."""
@@ -191,6 +260,13 @@ class Inputs:
         """The index of the nth delta of one client from start to stop whose magnitude has these bits."""
         address, code = self._addresses_N[client], self._codes_N[client]
         return int(self._kernels.nth_equal(*self._base, address, code, start, stop, np.uint32(wanted), nth))
+
+
+def bracket(kernels: ModuleType, bits_M: Array, upper: int, lower: int) -> Bracket:
+    """From the upper to the lower of two ranks (from 1, the largest first) of a sample; open where it has none such."""
+    values_V = np.zeros(VALUES, np.uint32)
+    low, high, known = kernels.bracket(bits_M, upper, lower, values_V)
+    return Bracket(int(low), int(high), tuple(sorted((int(value) for value in values_V[:known]), reverse=True)))
 
 
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:
