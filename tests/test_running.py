@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_merge.check import check_update
@@ -86,6 +86,7 @@ def running(method, base, updates, folder):
     return sink.tensors, report
 
 
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(weights, st.lists(narrow, min_size=3, max_size=3)), min_size=4, max_size=4),
     st.lists(narrow, min_size=3, max_size=3),

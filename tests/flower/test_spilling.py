@@ -356,5 +356,5 @@ def extra_of_a_federation(clients, rounds, folder, how="spill"):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("how", ["spill", "running"])
 def test_a_run_takes_the_memory_of_a_model_whatever_the_clients_and_the_rounds(how, tmp_path):
-    once, often = extra_of_a_federation(4, 1, tmp_path, how), extra_of_a_federation(12, 2, tmp_path, how)
-    assert max(once, often) < 1.5 * 40 + 40, (once, often)  # twelve models are 480 MB, an old one is 40
+    once, often = extra_of_a_federation(3, 1, tmp_path, how), extra_of_a_federation(8, 2, tmp_path, how)
+    assert max(once, often) < 1.5 * 40 + 40, (once, often)  # eight models are 320 MB
