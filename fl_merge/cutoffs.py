@@ -13,14 +13,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fl_merge.kernels.passes import BINS, Array, Bracket, Counted, Inputs, bracket
+from fl_merge.kernels.passes import BINS, Array, Counted, Inputs
 
 LARGEST = 0x7FFFFFFF
 """No magnitude has larger bits."""
@@ -61,11 +60,10 @@ class _Cut:
     equal: list[int]
 
 
-def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
+def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
     """The cut of each client.
 
     Args:
-        kernels: the compiled passes.
         parts: in the order of their places; at least one element.
         count: how many elements stay, 1 to all.
         mapped: like `map`, perhaps in several threads.
@@ -83,17 +81,16 @@ def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapp
         for part in parts
         for start in range(0, part.inputs.numel, piece)
     ]
-    brackets = _guess(kernels, parts, count / total, total)
+    low_N, high_N = _guess(parts, count / total, total)
     cutoffs_N2 = torch.empty(clients, 2, dtype=torch.float64)
     left = list(range(clients))
     while left:
-        found = list(mapped(functools.partial(_counted, left, [brackets[client] for client in left]), pieces))
+        found = list(mapped(functools.partial(_counted, left, low_N[left], high_N[left]), pieces))
         misled = []
         for place, client in enumerate(left):
-            cut = _found(kernels, brackets[client], count, [counted[place] for counted in found])
+            cut = _found(int(low_N[client]), count, [counted[place] for counted in found])
             if cut is None:
-                bits = _by_histograms(client, count, pieces, mapped)
-                brackets[client] = Bracket(bits, bits, (bits,))
+                low_N[client] = high_N[client] = _by_histograms(client, count, pieces, mapped)
                 misled.append(client)
             else:
                 cutoffs_N2[client, 0] = float(np.uint32(cut.bits).view(np.float32))
@@ -102,15 +99,16 @@ def largest_cutoffs(kernels: ModuleType, parts: Sequence[Part], count: int, mapp
     return cutoffs_N2
 
 
-def _counted(clients: list[int], brackets: list[Bracket], at: _Piece) -> list[Counted]:
-    return at.part.inputs.some(clients).between(at.start, at.stop, brackets)
+def _counted(clients: list[int], low_N: Array, high_N: Array, at: _Piece) -> list[Counted]:
+    return at.part.inputs.some(clients).between(at.start, at.stop, low_N, high_N)
 
 
-def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: int) -> list[Bracket]:
-    """Between which bits each client's cut should be, by a sample."""
+def _guess(parts: Sequence[Part], fraction: float, total: int) -> tuple[Array, Array]:
+    """Between which bits each client's cut should be, by a sample; (N,) and (N,), uint32."""
     clients = parts[0].inputs.clients
+    low_N, high_N = np.zeros(clients, np.uint32), np.full(clients, LARGEST, np.uint32)
     if total <= _EVERYTHING:
-        return [Bracket(0, LARGEST)] * clients
+        return low_N, high_N
     wanted = min(max(total // 64, 1 << 12), 1 << 18)
     samples = []
     for part in parts:
@@ -122,27 +120,32 @@ def _guess(kernels: ModuleType, parts: Sequence[Part], fraction: float, total: i
     size = bits_NM.shape[1]
     margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
     upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
-    return [bracket(kernels, bits_M, upper, lower) for bits_M in bits_NM]
+    ranks = [size - rank for rank in (upper, lower) if 1 <= rank <= size]
+    if ranks:
+        bits_NM.partition(ranks, axis=1)
+    if upper >= 1:
+        high_N[:] = bits_NM[:, size - upper]
+    if lower <= size:
+        low_N[:] = bits_NM[:, size - lower]
+    return low_N, high_N
 
 
-def _found(kernels: ModuleType, limits: Bracket, count: int, counted: Sequence[Counted]) -> _Cut | None:
-    """The cut, if it is in the bracket.
+def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
+    """The cut, if it is between the limits.
 
     Args:
+        low: the lower limit.
         counted: of each piece.
     """
-    if limits.values:
-        for place, value in enumerate(limits.values):
-            larger = sum(int(each.above_V[place]) for each in counted)
-            equal = [int(each.equal_V[place]) for each in counted]
-            if larger < count <= larger + sum(equal):
-                return _Cut(value, count - larger, equal)
+    above, between = sum(each.above for each in counted), sum(each.between for each in counted)
+    if not above < count <= above + between:
         return None
-    above = sum(int(each.above_V[0]) for each in counted)
-    if not above < count <= above + sum(each.between_M.size for each in counted):
-        return None
-    bits = int(kernels.nth_largest(np.concatenate([each.between_M for each in counted]), count - above))
-    larger = above + sum(int(np.count_nonzero(each.between_M > bits)) for each in counted)
+    values_M = np.concatenate([each.between_M for each in counted])
+    if not values_M.size:
+        return _Cut(low, count - above, [each.between for each in counted])
+    rank = values_M.size - (count - above)
+    bits = int(np.partition(values_M, rank)[rank])
+    larger = above + int(np.count_nonzero(values_M > bits))
     return _Cut(bits, count - larger, [int(np.count_nonzero(each.between_M == bits)) for each in counted])
 
 

@@ -310,9 +310,9 @@ class Fillers:
                     break
                 parts.append(Part(native, offset))
                 offset += native.numel
-            if self._kernels is not None and len(parts) == len(scope):
+            if len(parts) == len(scope):
                 count = keep_count(compute.stages.prune.density, offset)
-                return largest_cutoffs(self._kernels, parts, count, mapped, self._piece)
+                return largest_cutoffs(parts, count, mapped, self._piece)
         survey = compute.survey
         assert survey is not None
         if len(scope) == 1:

@@ -87,12 +87,15 @@ class Span:
         gram: whether the Gram matrix is needed, which costs a pass over the inputs.
         on: "deltas" or "weights": of what the c_i and the Gram matrix are.
         scope: "tensor" for coefficients tensor by tensor, "model" for one set for the whole model.
+        running: the factor, where each c_i is the client's share times one factor: the sum can then be kept while
+            updates come in (`fl_merge.running`). None for all other coefficients.
     """
 
     coefficients: Callable[[CohortSpec, Tensor | None], Sequence[float]]
     gram: bool = False
     on: Literal["deltas", "weights"] = "deltas"
     scope: ScopeName = "tensor"
+    running: float | None = None
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor; fixed coefficients are computed here, so that their errors come before any work."""

@@ -143,7 +143,7 @@ def test_zeros_denormals_and_the_largest_values(method):
 
 def cutoffs(kernel_module, base_S, clients, count, piece=16_384):
     parts = [Part(Inputs(kernel_module, base_S, clients), 0)]
-    return largest_cutoffs(kernel_module, parts, count, map, piece)
+    return largest_cutoffs(parts, count, map, piece)
 
 
 def kept_by(cut, delta_S):

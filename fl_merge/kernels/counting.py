@@ -20,7 +20,8 @@ from fl_merge.kernels.blocks import (
     pointer,
 )
 
-_ROW = 16
+_ROW = 64
+"""Elements that are passed over together if none of them is looked for."""
 
 
 @compiled_pass
@@ -52,25 +53,6 @@ def largest_magnitude(address, code, start, stop):
     return np.int64(narrowest)
 
 
-@compiled_part
-def _nth_largest(bits_M, rank):
-    """The rank-th largest (from 1) of integers below 2^31, by counting digit for digit."""
-    prefix = np.uint32(0)
-    for shift, width in ((20, 11), (10, 10), (0, 10)):
-        counts = np.zeros(1 << width, np.int64)
-        mask = (1 << width) - 1
-        for m in range(bits_M.size):
-            bits = bits_M[m]
-            if (bits >> np.uint32(shift + width)) == (prefix >> np.uint32(shift + width)):
-                counts[(bits >> np.uint32(shift)) & np.uint32(mask)] += 1
-        digit = mask
-        while digit > 0 and counts[digit] < rank:
-            rank -= counts[digit]
-            digit -= 1
-        prefix = np.uint32(prefix | np.uint32(digit << shift))
-    return prefix
-
-
 @compiled_pass
 def sample_magnitudes(base, base_code, clients_N, codes_N, starts_R, bits_NM):
     """The bits of the magnitudes of each client's delta in runs that begin at `starts_R`."""
@@ -88,66 +70,15 @@ def sample_magnitudes(base, base_code, clients_N, codes_N, starts_R, bits_NM):
 
 
 @compiled_pass
-def nth_largest(bits_M, rank):
-    return _nth_largest(bits_M, rank)
-
-
-@compiled_pass
-def bracket(bits_M, upper, lower, values_V):
-    """The elements of two ranks, and the different values from one to the other if these are few.
-
-    Args:
-        upper, lower: ranks from 1, the largest first; beyond the sample for no limit.
-        values_V: takes the values, in no order.
-
-    Returns:
-        The lower value, the upper one, and how many values there are; 0 if there are more than have room.
-    """
-    if upper < 1 or lower > bits_M.size:
-        return (
-            np.uint32(0) if lower > bits_M.size else _nth_largest(bits_M, lower),
-            np.uint32(MAGNITUDE) if upper < 1 else _nth_largest(bits_M, upper),
-            0,
-        )
-    low, high = _nth_largest(bits_M, lower), _nth_largest(bits_M, upper)
-    known = 0
-    for m in range(bits_M.size):
-        if low <= bits_M[m] <= high:
-            seen = False
-            for v in range(known):
-                seen |= values_V[v] == bits_M[m]
-            if not seen:
-                if known == values_V.size:
-                    return low, high, 0
-                values_V[known] = bits_M[m]
-                known += 1
-    return low, high, known
-
-
-@compiled_pass
 def magnitudes_between(
-    base,
-    base_code,
-    clients_N,
-    codes_N,
-    start,
-    stop,
-    low_N,
-    high_N,
-    values_NV,
-    known_N,
-    above_NV,
-    equal_NV,
-    found_NM,
-    used_N,
+    base, base_code, clients_N, codes_N, start, stop, low_N, high_N, above_N, between_N, found_NM, used_N
 ):
-    """Count the deltas of a piece by the bits of their magnitudes: for each client either those above and equal to some
-    values, or those above `high`, and then those from `low` to `high` are written down.
+    """Count, for each client, the deltas of a piece whose magnitude's bits are above `high`, and those from `low` to
+    `high`, which are written down too unless the two are equal.
 
     Args:
-        known_N: how many values there are; 0 for limits.
-        above_NV, equal_NV: are added to.
-        found_NM, used_N: take what is between the limits, in order, and count it.
+        above_N, between_N: are added to.
+        found_NM, used_N: take what is between and written down, in order, and count it.
 
     Returns:
         Where it stopped, because a row of `found_NM` has no room for another block; else `stop`.
@@ -162,25 +93,21 @@ def magnitudes_between(
         base_B, delta_B, bits_B = base_store[:size], delta_store[:size], bits_store[:size]
         load(base, base_code, begin, base_B)
         for n in range(clients_N.size):
+            low, high = low_N[n], high_N[n]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
+            above, equal = 0, 0
             for s in range(size):
                 bits_B[s] = np.uint32(bits_of(delta_B[s]) & MAGNITUDE)
-            if known_N[n]:
-                for v in range(known_N[n]):
-                    value = values_NV[n, v]
-                    above, equal = 0, 0
-                    for s in range(size):
-                        above += bits_B[s] > value
-                        equal += bits_B[s] == value
-                    above_NV[n, v] += above
-                    equal_NV[n, v] += equal
-            else:
-                high = high_N[n]
-                above = 0
+                above += bits_B[s] > high
+            above_N[n] += above
+            if low == high:
                 for s in range(size):
-                    above += bits_B[s] > high
-                above_NV[n, 0] += above
-                used_N[n] = _between(bits_B, low_N[n], np.uint32(high - low_N[n]), found_NM[n], used_N[n])
+                    equal += bits_B[s] == low
+                between_N[n] += equal
+            else:
+                used = _between(bits_B, low, np.uint32(high - low), found_NM[n], used_N[n])
+                between_N[n] += used - used_N[n]
+                used_N[n] = used
     return stop
 
 

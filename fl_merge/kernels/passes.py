@@ -30,36 +30,18 @@ BINS = 1 << 14
 Array = np.ndarray[Any, Any]
 
 
-VALUES = 4
-"""In how many different values a bracket is known."""
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """Between which bits, both included, a magnitude is looked for.
-
-    Args:
-        low, high: the ends.
-        values: the few values, the largest first, that it is thought to be one of; empty if there are too many.
-    """
-
-    low: int
-    high: int
-    values: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True)
 class Counted:
-    """How magnitudes lie to a bracket.
+    """How a client's magnitudes lie to two limits.
 
     Args:
-        above_V: how many are above each of its values, (V,); with no values the first says how many are above `high`.
-        equal_V: how many are each of its values.
-        between_M: with no values, those from `low` to `high`, uint32, in order.
+        above: how many are above the upper one.
+        between: how many are from the lower to the upper one.
+        between_M: these, as bits, uint32, in order; none where the limits are equal.
     """
 
-    above_V: Array
-    equal_V: Array
+    above: int
+    between: int
     between_M: Array
 
 
@@ -215,37 +197,24 @@ class Inputs:
         self._kernels.sample_magnitudes(*self._base, self._addresses_N, self._codes_N, starts_R, bits_NM)
         return bits_NM
 
-    def between(self, start: int, stop: int, brackets: Sequence[Bracket]) -> list[Counted]:
-        """How the magnitudes of the deltas from start to stop, as the bits of float32, lie to each client's bracket."""
-        low_N = np.array([bracket.low for bracket in brackets], np.uint32)
-        high_N = np.array([bracket.high for bracket in brackets], np.uint32)
-        values_NV = np.zeros((self.clients, VALUES), np.uint32)
-        known_N = np.array([len(bracket.values) for bracket in brackets], np.int64)
-        for values_V, bracket in zip(values_NV, brackets, strict=True):
-            values_V[: len(bracket.values)] = bracket.values
-        above_NV, equal_NV = (np.zeros((self.clients, VALUES), np.int64) for _ in range(2))
-        found_NM = np.empty((self.clients, ROOM if (known_N == 0).any() else 2048), np.uint32)
-        parts: list[list[Array]] = [[np.empty(0, np.uint32)] for _ in brackets]
-        limits = low_N, high_N, values_NV, known_N
+    def between(self, start: int, stop: int, low_N: Array, high_N: Array) -> list[Counted]:
+        """How the magnitudes of each client's deltas from start to stop, as the bits of float32, lie to its limits.
+
+        Args:
+            low_N, high_N: (N,), uint32.
+        """
+        above_N, between_N = np.zeros(self.clients, np.int64), np.zeros(self.clients, np.int64)
+        found_NM = np.empty((self.clients, ROOM), np.uint32)
+        parts: list[list[Array]] = [[] for _ in range(self.clients)]
         while start < stop:
             used_N = np.zeros(self.clients, np.int64)
-            start = self._kernels.magnitudes_between(
-                *self._base,
-                self._addresses_N,
-                self._codes_N,
-                start,
-                stop,
-                *limits,
-                above_NV,
-                equal_NV,
-                found_NM,
-                used_N,
-            )
-            for client in np.flatnonzero(known_N == 0):
-                parts[client].append(found_NM[client, : used_N[client]].copy())
+            where = *self._base, self._addresses_N, self._codes_N, start, stop
+            start = self._kernels.magnitudes_between(*where, low_N, high_N, above_N, between_N, found_NM, used_N)
+            for part, found_M, used in zip(parts, found_NM, used_N, strict=True):
+                part.append(found_M[:used].copy())
         return [
-            Counted(above_V, equal_V, np.concatenate(found))
-            for above_V, equal_V, found in zip(above_NV, equal_NV, parts, strict=True)
+            Counted(int(above), int(between), np.concatenate(part))
+            for above, between, part in zip(above_N, between_N, parts, strict=True)
         ]
 
     def count(self, client: int, start: int, stop: int, low: int, high: int, shift: int) -> Array:
@@ -260,13 +229,6 @@ class Inputs:
         """The index of the nth delta of one client from start to stop whose magnitude has these bits."""
         address, code = self._addresses_N[client], self._codes_N[client]
         return int(self._kernels.nth_equal(*self._base, address, code, start, stop, np.uint32(wanted), nth))
-
-
-def bracket(kernels: ModuleType, bits_M: Array, upper: int, lower: int) -> Bracket:
-    """From the upper to the lower of two ranks (from 1, the largest first) of a sample; open where it has none such."""
-    values_V = np.zeros(VALUES, np.uint32)
-    low, high, known = kernels.bracket(bits_M, upper, lower, values_V)
-    return Bracket(int(low), int(high), tuple(sorted((int(value) for value in values_V[:known]), reverse=True)))
 
 
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:

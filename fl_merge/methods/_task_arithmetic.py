@@ -44,4 +44,4 @@ def task_arithmetic(
             scale * given.get(client_id, default) for client_id, default in zip(spec.client_ids, default_N, strict=True)
         ]
 
-    return Span(signed_shares)
+    return Span(signed_shares, running=scale if normalize and not coefficients else None)

@@ -11,4 +11,4 @@ def weighted_average() -> Span:
     It is computed in the second form: a tensor that no client moved keeps its bits.
     mergekit's `linear` is the same with weights that need not sum to 1.
     """
-    return Span(lambda spec, gram_NN: spec.weights_N)
+    return Span(lambda spec, gram_NN: spec.weights_N, running=1.0)
