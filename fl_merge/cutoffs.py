@@ -53,11 +53,10 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a client's delta is cut: the bits, how many elements just on it stay, how many each piece has."""
+    """Where a client's delta is cut: the bits, and how many elements just on it stay."""
 
     bits: int
     wanted: int
-    equal: list[int]
 
 
 def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
@@ -94,7 +93,7 @@ def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: in
                 misled.append(client)
             else:
                 cutoffs_N2[client, 0] = float(np.uint32(cut.bits).view(np.float32))
-                cutoffs_N2[client, 1] = _last(client, cut, pieces, total)
+                cutoffs_N2[client, 1] = _last(client, cut, pieces, [counted[place] for counted in found])
         left = misled
     return cutoffs_N2
 
@@ -142,11 +141,10 @@ def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
         return None
     values_M = np.concatenate([each.between_M for each in counted])
     if not values_M.size:
-        return _Cut(low, count - above, [each.between for each in counted])
+        return _Cut(low, count - above)
     rank = values_M.size - (count - above)
     bits = int(np.partition(values_M, rank)[rank])
-    larger = above + int(np.count_nonzero(values_M > bits))
-    return _Cut(bits, count - larger, [int(np.count_nonzero(each.between_M == bits)) for each in counted])
+    return _Cut(bits, count - above - int(np.count_nonzero(values_M > bits)))
 
 
 def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
@@ -170,13 +168,21 @@ def _count(client: int, limits: tuple[int, int, int], at: _Piece) -> Array:
     return at.part.inputs.count(client, at.start, at.stop, *limits)
 
 
-def _last(client: int, cut: _Cut, pieces: Sequence[_Piece], total: int) -> int:
-    """The place of the last element just on the cut that stays."""
+def _last(client: int, cut: _Cut, pieces: Sequence[_Piece], counted: Sequence[Counted]) -> int:
+    """The place of the last element just on the cut that stays: of those the first `cut.wanted` do."""
     wanted = cut.wanted
-    if wanted == sum(cut.equal):
-        return total - 1
-    for at, here in zip(pieces, cut.equal, strict=True):
-        if wanted <= here:
-            return at.part.offset + at.part.inputs.nth_equal(client, at.start, at.stop, cut.bits, wanted)
-        wanted -= here
+    for at, each in zip(pieces, counted, strict=True):
+        listed = each.between_M.size > 0
+        equal_M = np.flatnonzero(each.between_M == cut.bits)
+        here = len(equal_M) if listed else each.between
+        if wanted > here:
+            wanted -= here
+            continue
+        # Which one of those between the limits it is, tells the block in which it is; that is searched.
+        rank = equal_M[wanted - 1] if listed else wanted - 1
+        block = int(np.searchsorted(each.marks, rank, side="right")) - 1
+        before = int(np.searchsorted(equal_M, each.marks[block])) if listed else int(each.marks[block])
+        start = int(each.starts[block])
+        stop = int(each.starts[block + 1]) if block + 1 < len(each.starts) else at.stop
+        return at.part.offset + at.part.inputs.nth_equal(client, start, stop, cut.bits, wanted - before)
     raise AssertionError("fewer elements than were counted")

@@ -5,6 +5,7 @@ Suffixes: N clients, S elements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
@@ -70,15 +71,15 @@ class Versions:
         if self.native is None:
             vectors_NS = self.deltas(start, stop) if on == "deltas" else self._weights(start, stop)
             return gram_partials(vectors_NS)
-        partials = []
+        partials = torch.empty(math.ceil((stop - start) / BLOCK), *2 * [len(self._clients)], dtype=torch.float64)
         block_NS = torch.empty(len(self._clients), min(BLOCK, stop - start), dtype=torch.float64)
-        for begin in range(start, stop, BLOCK):
+        for block, begin in enumerate(range(start, stop, BLOCK)):
             size = min(BLOCK, stop - begin)
             if size < block_NS.shape[1]:
                 block_NS = torch.empty(len(self._clients), size, dtype=torch.float64)
             self.native.vectors(on, begin, block_NS)
-            partials.append(gram_block(block_NS))
-        return torch.stack(partials)
+            partials[block] = gram_block(block_NS)
+        return partials
 
     def _weights(self, start: int, stop: int) -> Tensor:
         return torch.stack([self._widened(client_S, start, stop) for client_S in self._clients])

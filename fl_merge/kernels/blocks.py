@@ -170,9 +170,7 @@ def store(values_B, address, code, start):
     size = values_B.size
     largest = np.uint32(0)
     for s in range(size):
-        magnitude = bits_of(values_B[s]) & MAGNITUDE
-        if magnitude > largest:
-            largest = magnitude
+        largest = max(largest, np.uint32(bits_of(values_B[s]) & MAGNITUDE))
     if code == FLOAT32:
         float_B = carray(pointer(address + 4 * start), (size,), np.float32)
         for s in range(size):

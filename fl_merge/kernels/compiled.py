@@ -1,5 +1,6 @@
 """Everything that numba compiles, in one module: importing it is what costs time."""
 
+from fl_merge.kernels.blocks import BLOCK
 from fl_merge.kernels.counting import (
     count_magnitudes,
     largest_magnitude,
@@ -10,6 +11,7 @@ from fl_merge.kernels.counting import (
 from fl_merge.kernels.merging import prune_combine, uniform, vectors, weighted_sum
 
 __all__ = [
+    "BLOCK",
     "count_magnitudes",
     "largest_magnitude",
     "magnitudes_between",

@@ -71,13 +71,14 @@ def sample_magnitudes(base, base_code, clients_N, codes_N, starts_R, bits_NM):
 
 @compiled_pass
 def magnitudes_between(
-    base, base_code, clients_N, codes_N, start, stop, low_N, high_N, above_N, between_N, found_NM, used_N
+    base, base_code, clients_N, codes_N, start, stop, low_N, high_N, above_N, between_N, marks_NM, found_NM, used_N
 ):
     """Count, for each client, the deltas of a piece whose magnitude's bits are above `high`, and those from `low` to
     `high`, which are written down too unless the two are equal.
 
     Args:
         above_N, between_N: are added to.
+        marks_NM: takes `between_N` as it is at the beginning of each block, counted from that in which `start` is.
         found_NM, used_N: take what is between and written down, in order, and count it.
 
     Returns:
@@ -94,6 +95,7 @@ def magnitudes_between(
         load(base, base_code, begin, base_B)
         for n in range(clients_N.size):
             low, high = low_N[n], high_N[n]
+            marks_NM[n, np.uint64((begin - start) // BLOCK)] = between_N[n]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
             above, equal = 0, 0
             for s in range(size):

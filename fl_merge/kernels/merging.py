@@ -97,10 +97,10 @@ def _keep_random(delta_B, key, start, limit, divisor, draws_H):
     words_B = draws_H.view(np.uint32)
     if divisor == _ONE:
         for s in range(delta_B.size):
-            delta_B[s] = delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)
+            delta_B[s] = delta_B[s] if words_B[s] <= limit else _ZERO
     else:
         for s in range(delta_B.size):
-            delta_B[s] = (delta_B[s] * (_ONE if words_B[s] <= limit else _ZERO)) / divisor
+            delta_B[s] = (delta_B[s] if words_B[s] <= limit else _ZERO) / divisor
 
 
 @compiled_part
@@ -113,48 +113,65 @@ def _keep_largest(delta_B, threshold, above, last):
     before = min(max(last + 1, 0), delta_B.size)
     head_B, tail_B = delta_B[:before], delta_B[before:]
     for s in range(head_B.size):
-        head_B[s] = head_B[s] * (_ONE if abs(head_B[s]) >= threshold else _ZERO)
+        head_B[s] = head_B[s] if abs(head_B[s]) >= threshold else _ZERO
     for s in range(tail_B.size):
-        tail_B[s] = tail_B[s] * (_ONE if abs(tail_B[s]) >= above else _ZERO)
+        tail_B[s] = tail_B[s] if abs(tail_B[s]) >= above else _ZERO
 
 
 @compiled_part
-def _add(delta_B, weight, total_B):
-    for s in range(total_B.size):
-        total_B[s] += delta_B[s] * weight
+def _add(delta_NB, weights_N, total_B):
+    """The weighted sum. Two clients at a time, so that the sum is loaded and stored half as often."""
+    size = total_B.size
+    total_B[:] = -_ZERO
+    for n in range(0, weights_N.size - 1, 2):
+        one_B, two_B = delta_NB[n, :size], delta_NB[n + 1, :size]
+        one, two = weights_N[n], weights_N[n + 1]
+        for s in range(size):
+            total_B[s] = (total_B[s] + one_B[s] * one) + two_B[s] * two
+    if weights_N.size % 2:
+        one_B, one = delta_NB[weights_N.size - 1, :size], weights_N[-1]
+        for s in range(size):
+            total_B[s] += one_B[s] * one
 
 
 @compiled_part
-def _add_votes(delta_B, total_B):
-    for s in range(total_B.size):
-        total_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
+def _add_votes(delta_NB, total_B):
+    """How many clients move an element up, less how many move it down."""
+    size = total_B.size
+    total_B[:] = _ZERO
+    for n in range(delta_NB.shape[0]):
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            total_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
 
 
 @compiled_part
 def _disjoint(delta_NB, weights_N, sign_B, normalize, share_B, out_B):
-    """The weighted sum (or mean) over the clients whose delta has the elected sign."""
+    """The weighted sum (or mean) over the clients whose delta has the elected sign; two clients at a time."""
     size = out_B.size
     out_B[:] = -_ZERO
+    share_B[:] = _ZERO
+    for n in range(0, weights_N.size - 1, 2):
+        one_B, two_B = delta_NB[n, :size], delta_NB[n + 1, :size]
+        one, two = weights_N[n], weights_N[n + 1]
+        for s in range(size):
+            # Times a sign, which cannot underflow to 0.
+            first, second = one_B[s] * sign_B[s] > _ZERO, two_B[s] * sign_B[s] > _ZERO
+            total = out_B[s] + (one_B[s] * one if first else _ZERO)
+            out_B[s] = total + (two_B[s] * two if second else _ZERO)
+            share = share_B[s] + (one if first else _ZERO)
+            share_B[s] = share + (two if second else _ZERO)
+    if weights_N.size % 2:
+        one_B, one = delta_NB[weights_N.size - 1, :size], weights_N[-1]
+        for s in range(size):
+            first = one_B[s] * sign_B[s] > _ZERO
+            out_B[s] += one_B[s] * one if first else _ZERO
+            share_B[s] += one if first else _ZERO
     if normalize:
-        share_B[:] = _ZERO
-        for n in range(weights_N.size):
-            weight = weights_N[n]
-            delta_B = delta_NB[n, :size]
-            for s in range(size):
-                agrees = _ONE if delta_B[s] * sign_B[s] > _ZERO else _ZERO
-                out_B[s] += (delta_B[s] * agrees) * weight
-                share_B[s] += agrees * weight
         for s in range(size):
             share = share_B[s]
             quotient = out_B[s] / (share if share > _ZERO else _ONE)
             out_B[s] = quotient if share > _ZERO else _ZERO
-    else:
-        for n in range(weights_N.size):
-            weight = weights_N[n]
-            delta_B = delta_NB[n, :size]
-            for s in range(size):
-                agrees = _ONE if delta_B[s] * sign_B[s] > _ZERO else _ZERO
-                out_B[s] += (delta_B[s] * agrees) * weight
 
 
 @compiled_part
@@ -162,13 +179,14 @@ def _with_minus(delta_NB, weights_N, s, normalize):
     """`_disjoint` of one element for the sign -1."""
     total, share = -_ZERO, _ZERO
     for n in range(weights_N.size):
-        delta = delta_NB[n, s]
-        agrees = _ONE if delta < _ZERO else _ZERO
-        total += (delta * agrees) * weights_N[n]
-        share += agrees * weights_N[n]
+        if delta_NB[n, s] < _ZERO:
+            total = np.float32(total + delta_NB[n, s] * weights_N[n])
+            share = np.float32(share + weights_N[n])
+        else:
+            total = np.float32(total + _ZERO)
     if normalize:
         return np.float32(total / share) if share > _ZERO else _ZERO
-    return np.float32(total)
+    return total
 
 
 @compiled_pass
@@ -218,6 +236,7 @@ def prune_combine(
     deltas = np.empty((count, BLOCK), np.float32)
     draws_H = np.empty(BLOCK // 2, np.uint64)
     net_store = np.zeros(BLOCK, np.int32)
+    drawn_B = np.empty(BLOCK + 1, np.int64)
     largest = np.uint32(0)
     draws = 0
     for begin in range(start, stop, BLOCK):
@@ -225,7 +244,6 @@ def prune_combine(
         base_B, value_B, elected_B = base_store[:size], value_store[:size], elected_store[:size]
         moved_B, share_B, net_B = moved_store[:size], share_store[:size], net_store[:size]
         load(base, base_code, begin, base_B)
-        elected_B[:] = -_ZERO
         for n in range(count):
             delta_B = deltas[n, :size]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
@@ -233,10 +251,10 @@ def prune_combine(
                 _keep_largest(delta_B, thresholds_N[n], above_N[n], last_N[n] - begin)
             elif prune == KEEP_RANDOM:
                 _keep_random(delta_B, keys_N[n], begin, limit, divisor, draws_H)
-            if elect == ELECT_FREQUENCY:
-                _add_votes(delta_B, elected_B)
-            else:
-                _add(delta_B, weights_N[n], elected_B)
+        if elect == ELECT_FREQUENCY:
+            _add_votes(deltas, elected_B)
+        else:
+            _add(deltas, weights_N, elected_B)
         if elect == ELECT_NONE:
             for s in range(size):
                 value_B[s] = base_B[s] + elected_B[s] * scale
@@ -264,12 +282,16 @@ def prune_combine(
                 drawn += np.int32(moved_B[s])
         _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
         if drawn:
+            used = np.uint64(0)
             for s in range(size):
-                if moved_B[s] > _ZERO:
-                    if draws < drawn_M.size:
-                        drawn_M[draws] = begin + s
-                        otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
-                    draws += 1
+                drawn_B[used] = s
+                used += np.uint64(moved_B[s] > _ZERO)
+            for d in range(used):
+                s = drawn_B[d]
+                if draws < drawn_M.size:
+                    drawn_M[draws] = begin + s
+                    otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
+                draws += 1
         for s in range(size):
             value_B[s] = base_B[s] + value_B[s] * scale
         largest = max(largest, store(value_B, out, out_code, begin))

@@ -38,11 +38,14 @@ class Counted:
         above: how many are above the upper one.
         between: how many are from the lower to the upper one.
         between_M: these, as bits, uint32, in order; none where the limits are equal.
+        starts, marks: for blocks of elements, in order: the first element, and how many were between before it.
     """
 
     above: int
     between: int
     between_M: Array
+    starts: Array
+    marks: Array
 
 
 @dataclass(frozen=True)
@@ -206,15 +209,24 @@ class Inputs:
         above_N, between_N = np.zeros(self.clients, np.int64), np.zeros(self.clients, np.int64)
         found_NM = np.empty((self.clients, ROOM), np.uint32)
         parts: list[list[Array]] = [[] for _ in range(self.clients)]
+        starts, marks = [], []
         while start < stop:
             used_N = np.zeros(self.clients, np.int64)
             where = *self._base, self._addresses_N, self._codes_N, start, stop
-            start = self._kernels.magnitudes_between(*where, low_N, high_N, above_N, between_N, found_NM, used_N)
+            marks_NM = np.empty((self.clients, math.ceil((stop - start) / self._kernels.BLOCK)), np.int64)
+            end = self._kernels.magnitudes_between(
+                *where, low_N, high_N, above_N, between_N, marks_NM, found_NM, used_N
+            )
+            starts.append(np.arange(start, end, self._kernels.BLOCK))
+            marks.append(marks_NM[:, : len(starts[-1])])
+            start = end
             for part, found_M, used in zip(parts, found_NM, used_N, strict=True):
                 part.append(found_M[:used].copy())
         return [
-            Counted(int(above), int(between), np.concatenate(part))
-            for above, between, part in zip(above_N, between_N, parts, strict=True)
+            Counted(int(above), int(between), np.concatenate(part), np.concatenate(starts), marks_M)
+            for above, between, part, marks_M in zip(
+                above_N, between_N, parts, np.concatenate(marks, axis=1), strict=True
+            )
         ]
 
     def count(self, client: int, start: int, stop: int, low: int, high: int, shift: int) -> Array:

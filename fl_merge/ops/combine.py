@@ -39,7 +39,7 @@ def disjoint_mean(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tenso
         (S,), in the dtype of the deltas.
     """
     agrees_NS = _agreement(deltas_NS, sign_S)
-    total_S = weighted_sum(deltas_NS * agrees_NS, weights_N)
+    total_S = weighted_sum(torch.where(agrees_NS, deltas_NS, 0.0), weights_N)
     share_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N)
     return torch.where(share_S > 0, total_S / share_S, 0.0)
 
@@ -49,7 +49,7 @@ def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor
 
     Args and Returns: as `disjoint_mean`.
     """
-    return weighted_sum(deltas_NS * _agreement(deltas_NS, sign_S), weights_N)
+    return weighted_sum(torch.where(_agreement(deltas_NS, sign_S), deltas_NS, 0.0), weights_N)
 
 
 def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:

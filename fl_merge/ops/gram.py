@@ -21,10 +21,9 @@ def gram_block(vectors_NS: Tensor) -> Tensor:
         vectors_NS: (N, S), float64, contiguous; S at most BLOCK.
 
     Returns:
-        (N, N), float64, symmetric.
+        (N, N), float64. What is below the diagonal may differ from what is above it in the last bits.
     """
-    product_NN = vectors_NS @ vectors_NS.T
-    return torch.triu(product_NN) + torch.triu(product_NN, 1).T
+    return vectors_NS @ vectors_NS.T
 
 
 def gram_partials(vectors_NS: Tensor) -> Tensor:
@@ -62,12 +61,13 @@ class GramSum:
             self._pending = self._pending[_GROUP:].clone()
 
     def total(self) -> Tensor:
-        """(N, N), float64.
+        """(N, N), float64, symmetric.
 
         Raises:
             MergeError: if a product or a sum is beyond float64.
         """
-        gram_NN = _added(torch.stack([*self._groups, _added(self._pending)]))
+        sum_NN = _added(torch.stack([*self._groups, _added(self._pending)]))
+        gram_NN = torch.triu(sum_NN) + torch.triu(sum_NN, 1).T
         if not torch.isfinite(gram_NN).all():
             raise MergeError("an inner product of the clients' models is beyond float64")
         return gram_NN

@@ -38,12 +38,12 @@ def keep_largest(delta_S: Tensor, index_S: Tensor, threshold: float, last: int) 
     """
     rounded = float(torch.tensor(threshold, dtype=delta_S.dtype))
     if rounded > threshold:
-        return delta_S * (delta_S.abs() >= rounded)
+        return torch.where(delta_S.abs() >= rounded, delta_S, 0.0)
     if rounded < threshold:
-        return delta_S * (delta_S.abs() > rounded)
+        return torch.where(delta_S.abs() > rounded, delta_S, 0.0)
     magnitude_S = delta_S.abs()
     kept_S = (magnitude_S > threshold) | ((magnitude_S == threshold) & (index_S <= last))
-    return delta_S * kept_S
+    return torch.where(kept_S, delta_S, 0.0)
 
 
 def trim_to_largest(deltas_NS: Tensor, first_index: int, cutoffs_N2: Tensor) -> Tensor:
@@ -72,5 +72,5 @@ def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float, *, rescal
         density: in (0, 1].
         rescale: whether to divide what is kept by `density`.
     """
-    kept_NS = deltas_NS * (uniform_NS < density)
+    kept_NS = torch.where(uniform_NS < density, deltas_NS, 0.0)
     return kept_NS / density if rescale else kept_NS
