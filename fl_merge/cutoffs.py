@@ -30,6 +30,9 @@ _RUN = 64
 _EVERYTHING = 1 << 15
 """Of fewer elements no sample is taken."""
 
+_ROOM = 1 << 24
+"""How many magnitudes are written down at most, of all clients together: 64 MiB."""
+
 _DEVIATIONS = 3.5
 """How far around the sample's quantile the cut is looked for, in its standard deviations."""
 
@@ -84,7 +87,8 @@ def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: in
     cutoffs_N2 = torch.empty(clients, 2, dtype=torch.float64)
     left = list(range(clients))
     while left:
-        found = list(mapped(functools.partial(_counted, left, low_N[left], high_N[left]), pieces))
+        room = _ROOM // (len(left) * len(pieces))
+        found = list(mapped(functools.partial(_counted, left, low_N[left], high_N[left], room), pieces))
         misled = []
         for place, client in enumerate(left):
             cut = _found(int(low_N[client]), count, [counted[place] for counted in found])
@@ -98,8 +102,8 @@ def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: in
     return cutoffs_N2
 
 
-def _counted(clients: list[int], low_N: Array, high_N: Array, at: _Piece) -> list[Counted]:
-    return at.part.inputs.some(clients).between(at.start, at.stop, low_N, high_N)
+def _counted(clients: list[int], low_N: Array, high_N: Array, room: int, at: _Piece) -> list[Counted]:
+    return at.part.inputs.some(clients).between(at.start, at.stop, low_N, high_N, room)
 
 
 def _guess(parts: Sequence[Part], fraction: float, total: int) -> tuple[Array, Array]:
@@ -137,7 +141,7 @@ def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
         counted: of each piece.
     """
     above, between = sum(each.above for each in counted), sum(each.between for each in counted)
-    if not above < count <= above + between:
+    if not all(each.complete for each in counted) or not above < count <= above + between:
         return None
     values_M = np.concatenate([each.between_M for each in counted])
     if not values_M.size:
@@ -157,9 +161,9 @@ def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Ma
         for here_K in mapped(functools.partial(_count, client, limits), pieces):
             counts_K += here_K
         larger_K = np.cumsum(counts_K[::-1])
-        bin = BINS - 1 - int(np.searchsorted(larger_K, rank))
-        rank -= int(larger_K[BINS - 1 - bin] - counts_K[bin])
-        low, high = low + (bin << shift), min(high, low + ((bin + 1) << shift) - 1)
+        chosen = BINS - 1 - int(np.searchsorted(larger_K, rank))
+        rank -= int(larger_K[BINS - 1 - chosen] - counts_K[chosen])
+        low, high = low + (chosen << shift), min(high, low + ((chosen + 1) << shift) - 1)
         if shift == 0:
             return low
 

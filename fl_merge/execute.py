@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,14 +22,17 @@ from fl_merge import kernels
 from fl_merge.errors import MergeError
 from fl_merge.fill import Filler, Fillers
 from fl_merge.ops.gram import BLOCK
+from fl_merge.shapes import Copy
 from fl_merge.types import (
     BASE,
     Cohort,
     CohortSpec,
     MergeMethod,
     Output,
+    Read,
     TensorSink,
     TensorSpec,
+    Whole,
     compute_dtype,
 )
 
@@ -101,9 +104,7 @@ def execute(
     everything = written | {name: written[first] for name, first in tied.items()}
     order = [name for name in base if name in everything] + [name for name in everything if name not in base]
 
-    read = {(read.source, read.name) for output in outputs for read in output.reads}
-    clients = [update.tensors.specs() for update in cohort.updates]
-    specs_read = [(base if source == BASE else clients[source])[name] for source, name in read]
+    specs_read = _specs_read(outputs, cohort)
     where = torch.device(device)
     fillers = Fillers(
         cohort,
@@ -121,6 +122,7 @@ def execute(
                 fillers.measure_models(outputs, pool.map)
                 for output in outputs:
                     run.begin(output)
+                    run.wait(2 * (threads or os.cpu_count() or 1))
                 run.wait()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -138,6 +140,38 @@ def execute(
         sum(entry.nbytes for entry in everything.values()),
         time.perf_counter() - started,
     )
+
+
+def _specs_read(outputs: Sequence[Output], cohort: Cohort) -> list[TensorSpec]:
+    """What a plan reads, each tensor once.
+
+    Raises:
+        MergeError: if it reads what is not there, or what does not fit the output that it is for.
+    """
+    sources = {BASE: cohort.base.specs()} | {at: update.tensors.specs() for at, update in enumerate(cohort.updates)}
+    found: dict[Read, TensorSpec] = {}
+    for output in outputs:
+        for read in output.reads:
+            if read.source not in sources or read.name not in sources[read.source]:
+                raise MergeError(f"tensor '{output.name}' is planned from {_named(read, cohort)}, which is not there")
+            found[read] = sources[read.source][read.name]
+        if isinstance(output.compute, Whole | Copy):
+            continue
+        if BASE not in {read.source for read in output.reads}:
+            raise MergeError(f"tensor '{output.name}': planned without the base, from which deltas are taken")
+        for read in output.reads:
+            if found[read].numel != output.spec.numel:
+                wanted = f"{_named(read, cohort)} with {found[read].numel} elements, wanted {output.spec.numel}"
+                raise MergeError(f"tensor '{output.name}' is planned from {wanted}")
+    return list(found.values())
+
+
+def _named(read: Read, cohort: Cohort) -> str:
+    if read.source == BASE:
+        return f"'{read.name}' of the base"
+    known = 0 <= read.source < len(cohort.updates)
+    whose = f"client '{cohort.updates[read.source].client_id}'" if known else f"source {read.source}"
+    return f"'{read.name}' of {whose}"
 
 
 def _whole_blocks(elements: int) -> int:
@@ -200,9 +234,9 @@ class _Run:
             return
         self._fill_all(self._fillers.prepare(output, dtype, self._pool.map), output, pieces)
 
-    def wait(self) -> None:
-        """Until all is done. A job may start others before it ends."""
-        while self._jobs:
+    def wait(self, left: int = 0) -> None:
+        """Until so few jobs are left: what waits holds what it was prepared with. A job may start others as it ends."""
+        while len(self._jobs) > left:
             self._jobs.popleft().result()
 
     def _fill_all(self, filler: Filler, output: Output, pieces: list[tuple[int, int]], *, again: bool = False) -> None:

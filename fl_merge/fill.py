@@ -51,7 +51,11 @@ class Filler:
         raise NotImplementedError
 
     def again(self) -> list[tuple[int, int]]:
-        """Asked when all pieces are filled: those that have to be filled a second time."""
+        """Asked when all pieces are filled: those that have to be filled a second time.
+
+        Raises:
+            MergeError: as `fill`.
+        """
         return []
 
     def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
@@ -77,13 +81,20 @@ class Filler:
 
 
 class Defined(Filler):
-    """By the torch definition."""
+    """By the torch definition, in slices of `step` elements (a piece of the compiled passes would be too large)."""
 
-    def __init__(self, output: Output, dtype: torch.dtype, values: Values) -> None:
+    def __init__(self, output: Output, dtype: torch.dtype, values: Values, step: int | None = None) -> None:
         super().__init__(output, dtype)
         self._values = values
+        self._step = step
 
     def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        step = self._step or max(stop - start, 1)
+        for begin in range(start, max(stop, start + 1), step):
+            end = min(begin + step, stop)
+            self._fill(begin, end, out_S[begin - start : end - start])
+
+    def _fill(self, start: int, stop: int, out_S: Tensor) -> None:
         values_S = self._values(start, stop)
         cast_S = values_S.to("cpu", self._dtype)
         if self._dtype.is_floating_point and not torch.isfinite(cast_S.to(compute_dtype(self._dtype))).all():
@@ -141,24 +152,28 @@ class CompiledStages(Filler):
         }
 
     def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        draws = self._plus(start, stop, out_S, (stop - start) // 16)
+        draws = self._merge(start, stop, out_S, (stop - start) // 16)
         with self._counting:
             self._tally += draws.tally
             if draws.count:
                 self._draws[start, stop] = draws
 
-    def _plus(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
+    def _merge(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
         bits, draws = self._native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
         self._require(bits)
         return draws
 
     def again(self) -> list[tuple[int, int]]:
-        return list(self._draws) if self._tally < 0 else []
+        if self._tally < 0:
+            return list(self._draws)
+        for draws in self._draws.values():
+            self._require(draws.largest)
+        return []
 
     def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
         draws = self._draws.pop((start, stop))
         if not filled or draws.count > len(draws.places_M):
-            draws = self._plus(start, stop, out_S, draws.count)
+            draws = self._merge(start, stop, out_S, draws.count)
         Defined(self._output, self._dtype, lambda *_: torch.from_numpy(draws.otherwise_M)).fill(
             0, draws.count, minus_M := torch.empty(draws.count, dtype=self._dtype)
         )
@@ -201,7 +216,7 @@ class Fillers:
         if isinstance(output.compute, Whole | Matrix):
             return max(output.spec.numel, 1)
         compiled = self._kernels is not None and serves(output, self._device)
-        if isinstance(output.compute, Coordinate) and output.compute.stages is None:
+        if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages):
             compiled = False
         return self._piece if compiled else self._step
 
@@ -228,7 +243,9 @@ class Fillers:
             if versions.native is not None:
                 return CompiledSum(output, dtype, versions.native, compute)
             coefficients_N, base_coefficient = compute.coefficients_N, compute.base_coefficient
-            return Defined(output, dtype, lambda *at: versions.combination(base_coefficient, coefficients_N, *at))
+            return Defined(
+                output, dtype, lambda *at: versions.combination(base_coefficient, coefficients_N, *at), self._step
+            )
         if isinstance(compute, Coordinate):
             return self._coordinate(compute, output, dtype, versions, mapped)
         raise MergeError(f"tensor '{output.name}': the executor does not know how to run a {type(compute).__name__}")
@@ -288,7 +305,7 @@ class Fillers:
             delta_S = compute.combine(versions.deltas(start, stop), self._weights_N, at(start, stop, votes))
             return versions.base(start, stop) + delta_S
 
-        return Defined(output, dtype, merged)
+        return Defined(output, dtype, merged, self._step)
 
     def _stages(
         self, stages: Stages, output: Output, dtype: torch.dtype, native: Inputs, survey_NK: Tensor, scope_start: int

@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fl_merge.kernels.passes import CODES, LIMITS, Inputs, readable
+from fl_merge.errors import MergeError
+from fl_merge.kernels.passes import LIMITS, Inputs, readable
 from fl_merge.ops.combine import add_scaled_delta
 from fl_merge.ops.gram import BLOCK, gram_block, gram_partials
 from fl_merge.types import BASE, Cohort, Output, Read, compute_dtype
@@ -25,7 +26,10 @@ class Versions:
         cohort: where they are read from.
         output: which tensor.
         device: where the arithmetic runs.
-        kernels: the compiled passes, if there are any.
+        kernels: the compiled passes, if there are any. They are used if they can read every tensor where it is.
+
+    Raises:
+        MergeError: if a source gives a tensor of another size than it described.
     """
 
     def __init__(self, cohort: Cohort, output: Output, device: torch.device, kernels: ModuleType | None) -> None:
@@ -34,9 +38,12 @@ class Versions:
         self.numel = output.spec.numel
         self._base_S = flat(cohort, next(read for read in output.reads if read.source == BASE))
         self._clients = [flat(cohort, read) for read in output.reads if read.source != BASE]
+        for tensor_S in (self._base_S, *self._clients):
+            if tensor_S.numel() != self.numel:
+                raise MergeError(f"tensor '{output.name}': {tensor_S.numel()} elements were read, wanted {self.numel}")
         self.native: Inputs | None = None
-        if kernels is not None and serves(output, device):
-            self.native = Inputs(kernels, _readable(self._base_S), [_readable(client_S) for client_S in self._clients])
+        if kernels is not None and serves(output, device) and all(map(readable, (self._base_S, *self._clients))):
+            self.native = Inputs(kernels, self._base_S, self._clients)
 
     def base(self, start: int, stop: int) -> Tensor:
         """(S,), in the dtype of the arithmetic."""
@@ -97,13 +104,6 @@ def shaped(cohort: Cohort, read: Read) -> Tensor:
     """The same in its shape."""
     tensors = cohort.base if read.source == BASE else cohort.updates[read.source].tensors
     return tensors.read(read.name)
-
-
-def _readable(tensor_S: Tensor) -> Tensor:
-    """The same values where the compiled passes can read them: a copy for odd places and dtypes."""
-    if readable(tensor_S):
-        return tensor_S
-    return tensor_S.clone() if tensor_S.dtype in CODES else tensor_S.float()
 
 
 def serves(output: Output, device: torch.device) -> bool:

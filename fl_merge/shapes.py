@@ -118,7 +118,8 @@ class Span:
 class WeightedSum:
     """base_coefficient * theta_0 + sum c_i tau_i.
 
-    A sum of weights c_i theta_i is written as (sum c_i) theta_0 + sum c_i tau_i: what nobody moved stays bit for bit.
+    A sum of weights c_i theta_i is written as (sum c_i) theta_0 + sum c_i tau_i: what nobody moved
+    keeps its value bit for bit, but for -0.0, which becomes 0.0.
     """
 
     base_coefficient: float

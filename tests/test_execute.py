@@ -1,14 +1,16 @@
 """The executor: plans of every shape, what it refuses, and what it leaves behind when something fails."""
 
 import threading
+import weakref
 
 import pytest
 import torch
 
-from fl_merge import Coordinate, Matrix, MergeError, RecipeError, Span, merge, partition
+from fl_merge import Coordinate, Matrix, MergeError, RecipeError, Span, kernels, merge, partition
 from fl_merge.execute import execute, merged_specs
 from fl_merge.methods import slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.combine import weighted_sum
+from fl_merge.shapes import WeightedSum
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.types import BASE, Cohort, CohortSpec, Output, Read, TensorSpec, Update, Whole
 
@@ -460,3 +462,64 @@ def test_shares_sum_to_one():
     weights_N = Cohort(MemorySource(ONE), updates).weights_N
     assert sum(weights_N) == pytest.approx(1.0, abs=1e-15)
     assert weights_N[1] == pytest.approx(3 * weights_N[0])
+
+
+# --- plans that do not hold ------------------------------------------------------------------------------------------
+
+
+F32 = TensorSpec((3,), torch.float32)
+AVERAGE = WeightedSum(1.0, (0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (Output("a", F32, (Read(BASE, "a"), Read(0, "nope")), AVERAGE), "'nope' of client '0', which is not there"),
+        (Output("a", F32, (Read(BASE, "nope"), Read(0, "a")), AVERAGE), "'nope' of the base, which is not there"),
+        (Output("a", F32, (Read(BASE, "a"), Read(7, "a")), AVERAGE), "'a' of source 7, which is not there"),
+        (Output("a", F32, (Read(0, "a"),), AVERAGE), "without the base"),
+        (Output("a", F32, (Read(BASE, "a"), Read(0, "b")), AVERAGE), "with 5 elements, wanted 3"),
+    ],
+)
+def test_a_plan_that_reads_what_it_cannot_is_refused(output, message):
+    base = {"a": torch.zeros(3), "b": torch.zeros(5)}
+    error = failing(Plan(output), cohort(base, base))
+    assert isinstance(error, MergeError)
+    assert message in str(error)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_source_that_gives_another_tensor_than_it_described_is_refused(loaded):
+    class Short(MemorySource):
+        def read(self, name):
+            return super().read(name)[:2]
+
+    before = kernels._tried, kernels._module
+    try:
+        kernels._tried, kernels._module = True, kernels.load() if loaded else None
+        base = {"a": torch.zeros(3)}
+        wrong = Cohort(MemorySource(base), (Update("0", 1.0, Short(base)),))
+        error = failing(weighted_average(), wrong)
+    finally:
+        kernels._tried, kernels._module = before
+    assert isinstance(error, MergeError)
+    assert "2 elements were read, wanted 3" in str(error)
+
+
+def test_large_outputs_are_not_all_prepared_before_any_is_filled():
+    """Each holds what it was prepared with: here a copy that a source makes when it is read."""
+    alive, most = set(), 0
+
+    class Copying(MemorySource):
+        def read(self, name):
+            nonlocal most
+            tensor = super().read(name).clone()
+            alive.add(name)
+            weakref.finalize(tensor, alive.discard, name)
+            most = max(most, len(alive))
+            return tensor
+
+    base = {f"{number}": torch.zeros(4 * 16384) for number in range(40)}
+    many = Cohort(MemorySource(base), (Update("0", 1.0, Copying(base)),))
+    execute(weighted_average(), many, MemorySink(), threads=1, slice_elements=16384)
+    assert most <= 6

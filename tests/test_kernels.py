@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fl_merge import METHODS, kernels, merge
 from fl_merge.cutoffs import Part, largest_cutoffs
+from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import Inputs, largest_magnitude
 from fl_merge.methods import dare_linear, dare_ties, slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.draws import stream_key, uniform
@@ -190,6 +191,76 @@ def test_samples_that_mislead_change_nothing(kind, density):
         wanted = kept_by(largest_cutoff(delta_S, count), delta_S)
         assert torch.equal(kept_by(cut, delta_S), wanted)
         assert int((wanted != 0).sum()) <= count
+
+
+def test_what_is_written_down_of_a_delta_has_a_limit(monkeypatch):
+    """Half of the elements do not move: all of them are on the cut. Beyond the limit histograms find it."""
+    size = 300_000
+    delta_S = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    delta_S[:150_000] = 0
+    module = kernels.load()
+    assert module is not None
+    parts = [Part(Inputs(module, torch.zeros(size), [delta_S, delta_S]), 0)]
+    kept = []
+    between = Inputs.between
+    monkeypatch.setattr(Inputs, "between", lambda *args: kept.append(found := between(*args)) or found)
+    for room in (1 << 24, 20_000):
+        monkeypatch.setattr("fl_merge.cutoffs._ROOM", room)
+        kept.clear()
+        count = keep_count(0.5, size) - 3
+        for cut in largest_cutoffs(parts, count, map, 65_536):
+            assert torch.equal(kept_by(cut, delta_S), kept_by(largest_cutoff(delta_S, count), delta_S))
+        assert sum(each.between_M.size for found in kept for each in found) <= 2 * room
+    assert len(kept) > len(range(0, size, 65_536))  # it was gone through again
+
+
+def test_a_draws_value_that_does_not_fit_is_no_error_if_the_other_sign_wins():
+    base = {"w": torch.tensor([65472.0, *[0.0] * 9]).half()}
+    updates = [{"w": torch.tensor([value, *[-1.0] * 9]).half()} for value in (65504.0, 65440.0)]
+    defined, compiled = both(lambda: merge(ties(density=1.0, scale=3.0), base, updates))
+    assert defined == compiled
+    updates = [{"w": torch.tensor([value, *[1.0] * 9]).half()} for value in (65504.0, 65440.0)]
+    messages = []
+    for module in (None, kernels.load()):
+        kernels._tried, kernels._module = True, module
+        with pytest.raises(MergeError, match="magnitude 65568 does not fit float16") as raised:
+            merge(ties(density=1.0, scale=3.0), base, updates)
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
+
+
+def test_addresses_are_taken_of_what_can_be_read_through_them_only():
+    module = kernels.load()
+    assert module is not None
+    good_S = torch.zeros(10)
+    for bad_S in (
+        torch.zeros(9),
+        torch.zeros(20)[::2],
+        torch.zeros(10, device="meta"),
+        torch.zeros(10).to(torch.int32),
+    ):
+        with pytest.raises(ValueError, match="elements|cannot be read"):
+            Inputs(module, good_S, [bad_S])
+        with pytest.raises(ValueError, match="is no place for 10 elements"):
+            Inputs(module, good_S, [good_S]).weighted_sum(1.0, [1.0], 0, 10, bad_S)
+
+
+def test_numba_that_cannot_compile_or_keep_is_noticed_when_the_passes_are_loaded(monkeypatch, caplog):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fl_merge.kernels.passes.warm_up", full_disk)
+    kernels._tried, kernels._module = False, None
+    with caplog.at_level(logging.WARNING, "fl_merge"):
+        assert kernels.load() is None
+    assert "No space left" in caplog.text
+
+
+def test_what_was_compiled_is_thrown_away_when_a_part_has_changed():
+    from fl_merge.kernels import blocks, merging
+
+    stamp = merging.weighted_sum._cache._cache_file._source_stamp
+    assert stamp[1] == blocks._THIS_FILE
 
 
 def test_elements_behind_three_gigabytes(tmp_path):

@@ -1,8 +1,8 @@
 """Compiled passes over the inputs of a merge. The torch function is the definition; the pass equals it bit for bit.
 
 Importing numba takes half a second, and compiling some ten more, once a machine (the compiled code is cached), so
-small merges never do it: the passes are loaded when there are 100 million elements to go through, in one merge or in
-many. Since both give the same bits, it does not matter when that is.
+small merges never do it: the passes are loaded when there are some 130 million elements to go through, in one merge or
+in many. Since both give the same bits, it does not matter when that is.
 """
 
 from __future__ import annotations
@@ -39,15 +39,20 @@ def after(elements: int) -> ModuleType | None:
 
 
 def load() -> ModuleType | None:
-    """Import and compile the passes now; None, with one notice, if numba fails or FL_MERGE_NO_KERNELS is set."""
+    """Import and compile the passes now (once a machine; later processes read what was compiled).
+
+    Returns:
+        None, with one notice, if that fails for whatever reason or FL_MERGE_NO_KERNELS is set.
+    """
     global _module, _tried
     with _lock:
         if not _tried:
             try:
                 if os.environ.get("FL_MERGE_NO_KERNELS"):
                     raise ImportError("FL_MERGE_NO_KERNELS is set")
-                from fl_merge.kernels import compiled
+                from fl_merge.kernels import compiled, passes
 
+                passes.warm_up(compiled)
                 _module = compiled
             except Exception as error:  # no numba, or nowhere to keep what it compiles (a read-only machine)
                 logger.warning("merging without compiled kernels, several times slower: %s", error)

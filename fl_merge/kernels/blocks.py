@@ -3,11 +3,12 @@
 Arrays come as addresses with a code for their dtype, since numba has no bfloat16 and no lists of arrays of mixed types.
 The caller keeps them alive, contiguous and aligned (`fl_merge.kernels.passes`).
 
-numba keeps what it compiled beside the files of the passes and looks at those files only: whoever changes this one
-deletes `fl_merge/kernels/__pycache__`. Suffix: B the elements of a block.
+Suffix: B the elements of a block.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import numba
 import numpy as np
@@ -16,8 +17,22 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-compiled_pass = numba.njit(cache=True, nogil=True, fastmath=False)
+with open(__file__, "rb") as _file:
+    _THIS_FILE = hashlib.blake2b(_file.read(), digest_size=8).hexdigest()
+
 compiled_part = numba.njit(nogil=True, fastmath=False)
+
+
+def compiled_pass(function):
+    """Compile a function, and keep what comes of it for the next process.
+
+    numba throws it away when the function's own file has changed; here also when this one has, whose parts are in it.
+    """
+    compiled = numba.njit(cache=True, nogil=True, fastmath=False)(function)
+    kept = compiled._cache._cache_file
+    kept._source_stamp = (kept._source_stamp, _THIS_FILE)
+    return compiled
+
 
 BLOCK = 512
 """Elements that are worked on at a time: those of eight clients stay in the fastest cache."""

@@ -224,8 +224,8 @@ def prune_combine(
         drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
 
     Returns:
-        The bits of the largest float32 magnitude in the result; the sum of the elected signs; and how many draws there
-        were, of which only as many are noted as there is room for.
+        The bits of the largest float32 magnitude in the result where there was no draw, and where there was one; the
+        sum of the elected signs; and how many draws there were, of which as many are noted as there is room for.
     """
     count = clients_N.size
     base_store = np.empty(BLOCK, np.float32)
@@ -237,7 +237,7 @@ def prune_combine(
     draws_H = np.empty(BLOCK // 2, np.uint64)
     net_store = np.zeros(BLOCK, np.int32)
     drawn_B = np.empty(BLOCK + 1, np.int64)
-    largest = np.uint32(0)
+    largest, largest_drawn = np.uint32(0), np.uint32(0)
     draws = 0
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
@@ -281,21 +281,27 @@ def prune_combine(
             for s in range(size):
                 drawn += np.int32(moved_B[s])
         _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
+        for s in range(size):
+            value_B[s] = base_B[s] + value_B[s] * scale
+        here = store(value_B, out, out_code, begin)
         if drawn:
+            here = np.uint32(0)
+            for s in range(size):
+                magnitude = np.uint32(bits_of(value_B[s]) & MAGNITUDE)
+                here = max(here, magnitude if moved_B[s] == _ZERO else np.uint32(0))
             used = np.uint64(0)
             for s in range(size):
                 drawn_B[used] = s
                 used += np.uint64(moved_B[s] > _ZERO)
             for d in range(used):
                 s = drawn_B[d]
+                largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
                 if draws < drawn_M.size:
                     drawn_M[draws] = begin + s
                     otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
                 draws += 1
-        for s in range(size):
-            value_B[s] = base_B[s] + value_B[s] * scale
-        largest = max(largest, store(value_B, out, out_code, begin))
-    return largest, net_store.sum(), draws
+        largest = max(largest, here)
+    return largest, largest_drawn, net_store.sum(), draws
 
 
 @compiled_pass

@@ -27,6 +27,8 @@ ROOM = 1 << 15
 BINS = 1 << 14
 """How many bins `count` tells apart."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Array = np.ndarray[Any, Any]
 
 
@@ -39,6 +41,7 @@ class Counted:
         between: how many are from the lower to the upper one.
         between_M: these, as bits, uint32, in order; none where the limits are equal.
         starts, marks: for blocks of elements, in order: the first element, and how many were between before it.
+        complete: false if there were more between than had room: then only `above` means anything.
     """
 
     above: int
@@ -46,6 +49,7 @@ class Counted:
     between_M: Array
     starts: Array
     marks: Array
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Draws:
     Args:
         tally: the sum of the elected signs.
         count: how many elections were draws.
+        largest: the bits of the largest float32 magnitude of the merged values there, now that plus has won.
         places_M: where, within the tensor, as far as there was room.
         otherwise_M: float32: what the merged values would be there if minus had won.
     """
 
     tally: int
     count: int
+    largest: int
     places_M: Array
     otherwise_M: Array
 
@@ -72,22 +78,23 @@ class Inputs:
         kernels: the compiled module.
         base_S: flattened.
         clients: flattened, in the cohort's order.
+
+    Raises:
+        ValueError: if they cannot be read through their addresses, or are not of one length.
     """
 
     def __init__(self, kernels: ModuleType, base_S: Tensor, clients: Sequence[Tensor]) -> None:
+        for tensor_S in (base_S, *clients):
+            if not readable(tensor_S):
+                raise ValueError(f"a {tensor_S.dtype} tensor on {tensor_S.device} cannot be read through its address")
+            if tensor_S.numel() != base_S.numel():
+                raise ValueError(f"{tensor_S.numel()} elements, wanted the base's {base_S.numel()}")
         self._kernels = kernels
         self._kept = (base_S, *clients)
         self.numel = base_S.numel()
         self._base = (base_S.data_ptr(), CODES[base_S.dtype])
         self._addresses_N = np.array([client_S.data_ptr() for client_S in clients], dtype=np.int64)
         self._codes_N = np.array([CODES[client_S.dtype] for client_S in clients], dtype=np.int64)
-
-    @classmethod
-    def of(cls, kernels: ModuleType | None, base_S: Tensor, clients: Sequence[Tensor]) -> Self | None:
-        """None where the passes do not serve: no kernels, tensors elsewhere than on the CPU, other dtypes, gaps."""
-        if kernels is None or not all(readable(tensor_S) for tensor_S in (base_S, *clients)):
-            return None
-        return cls(kernels, base_S, clients)
 
     @property
     def clients(self) -> int:
@@ -112,7 +119,7 @@ class Inputs:
         Returns:
             The bits of the largest float32 magnitude in it.
         """
-        out, code = _output(out_S, start)
+        out, code = _output(out_S, start, stop)
         return int(
             self._kernels.weighted_sum(
                 *self._base,
@@ -157,15 +164,15 @@ class Inputs:
             room: for how many draws to note what minus would give.
 
         Returns:
-            The bits of the largest float32 magnitude, and the election's draws.
+            The bits of the largest float32 magnitude where there was no draw, and the election's draws.
         """
-        out, code = _output(out_S, start)
+        out, code = _output(out_S, start, stop)
         thresholds_N, last_N = np.zeros(self.clients, np.float32), np.zeros(self.clients, np.int64)
         if cutoffs_N2 is not None:
             thresholds_N = np.ascontiguousarray(cutoffs_N2[:, 0].float().numpy())
             last_N = np.ascontiguousarray(cutoffs_N2[:, 1].long().numpy())
         places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
-        largest, tally, draws = self._kernels.prune_combine(
+        largest, largest_drawn, tally, draws = self._kernels.prune_combine(
             *self._base,
             self._addresses_N,
             self._codes_N,
@@ -179,7 +186,7 @@ class Inputs:
             np.float32(density if rescale else 1.0),
             {None: 0, "total": 1, "frequency": 2}[election],
             bool(normalize),
-            np.float32(scale),
+            np.float32(np.clip(scale, -_LARGEST, _LARGEST)),
             start,
             stop,
             out,
@@ -188,7 +195,8 @@ class Inputs:
             otherwise_M,
         )
         noted = min(int(draws), room)
-        return int(largest), Draws(int(tally), int(draws), places_M[:noted].copy(), otherwise_M[:noted].copy())
+        places_M, otherwise_M = places_M[:noted].copy(), otherwise_M[:noted].copy()
+        return int(largest), Draws(int(tally), int(draws), int(largest_drawn), places_M, otherwise_M)
 
     def vectors(self, on: str, start: int, out_NS: Tensor) -> None:
         """Write the float32 deltas or weights from `start` on to `out_NS`, (N, S) float64."""
@@ -200,32 +208,45 @@ class Inputs:
         self._kernels.sample_magnitudes(*self._base, self._addresses_N, self._codes_N, starts_R, bits_NM)
         return bits_NM
 
-    def between(self, start: int, stop: int, low_N: Array, high_N: Array) -> list[Counted]:
+    def between(self, start: int, stop: int, low_N: Array, high_N: Array, room: int) -> list[Counted]:
         """How the magnitudes of each client's deltas from start to stop, as the bits of float32, lie to its limits.
 
         Args:
             low_N, high_N: (N,), uint32.
+            room: how many of a client's that are between are written down at most.
         """
         above_N, between_N = np.zeros(self.clients, np.int64), np.zeros(self.clients, np.int64)
         found_NM = np.empty((self.clients, ROOM), np.uint32)
         parts: list[list[Array]] = [[] for _ in range(self.clients)]
         starts, marks = [], []
+        limits_N = low_N.copy(), high_N.copy()
         while start < stop:
             used_N = np.zeros(self.clients, np.int64)
             where = *self._base, self._addresses_N, self._codes_N, start, stop
             marks_NM = np.empty((self.clients, math.ceil((stop - start) / self._kernels.BLOCK)), np.int64)
-            end = self._kernels.magnitudes_between(
-                *where, low_N, high_N, above_N, between_N, marks_NM, found_NM, used_N
-            )
+            totals = above_N, between_N, marks_NM
+            end = self._kernels.magnitudes_between(*where, *limits_N, *totals, found_NM, used_N)
             starts.append(np.arange(start, end, self._kernels.BLOCK))
             marks.append(marks_NM[:, : len(starts[-1])])
             start = end
-            for part, found_M, used in zip(parts, found_NM, used_N, strict=True):
-                part.append(found_M[:used].copy())
+            for client, used in enumerate(used_N):
+                if limits_N[0][client] != limits_N[1][client]:
+                    parts[client].append(found_NM[client, :used].copy())
+                if sum(part.size for part in parts[client]) > room:
+                    # What is counted from here on has no meaning; nothing more is written down.
+                    parts[client].clear()
+                    limits_N[0][client] = limits_N[1][client]
         return [
-            Counted(int(above), int(between), np.concatenate(part), np.concatenate(starts), marks_M)
-            for above, between, part, marks_M in zip(
-                above_N, between_N, parts, np.concatenate(marks, axis=1), strict=True
+            Counted(
+                int(above),
+                int(between),
+                np.concatenate([np.empty(0, np.uint32), *part]),
+                np.concatenate(starts),
+                marks_M,
+                complete=bool(low == limits_N[0][client]),
+            )
+            for client, (above, between, part, marks_M, low) in enumerate(
+                zip(above_N, between_N, parts, np.concatenate(marks, axis=1), low_N, strict=True)
             )
         ]
 
@@ -262,6 +283,26 @@ def readable(tensor_S: Tensor) -> bool:
     )
 
 
-def _output(out_S: Tensor, start: int) -> tuple[int, int]:
+def _output(out_S: Tensor, start: int, stop: int) -> tuple[int, int]:
     """Where element 0 would be, so that element `start` is the first of `out_S`; and the dtype's code."""
+    if not readable(out_S) or out_S.dtype not in LIMITS or out_S.numel() != stop - start:
+        raise ValueError(
+            f"{tuple(out_S.shape)} {out_S.dtype} on {out_S.device} is no place for {stop - start} elements"
+        )
     return out_S.data_ptr() - start * out_S.dtype.itemsize, CODES[out_S.dtype]
+
+
+def warm_up(kernels: ModuleType) -> None:
+    """Call every pass once, so that what can go wrong in compiling them goes wrong here."""
+    base_S, out_S = torch.zeros(4), torch.empty(4)
+    inputs = Inputs(kernels, base_S, [torch.ones(4), torch.ones(4, dtype=torch.bfloat16)])
+    weights_N = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    inputs.weighted_sum(1.0, [0.5, 0.5], 0, 4, out_S)
+    inputs.prune_combine(weights_N, election="total", start=0, stop=4, out_S=out_S)
+    inputs.vectors("deltas", 0, torch.empty(2, 4, dtype=torch.float64))
+    inputs.sample(np.zeros(1, np.int64), 4)
+    inputs.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
+    inputs.count(0, 0, 4, 0, 1, 0)
+    inputs.nth_equal(0, 0, 4, 0, 1)
+    largest_magnitude(kernels, base_S, 0, 4)
+    kernels.uniform(np.uint64(1), 0, np.empty(4))

@@ -50,15 +50,23 @@ class GramSum:
     """
 
     def __init__(self, count: int) -> None:
-        self._groups: list[Tensor] = []
         self._pending = torch.empty(0, count, count, dtype=torch.float64)
+        self._sums: list[Tensor | None] = []  # number k is of 2^k groups, as the digits of a binary counter
 
     def add(self, partials: Tensor) -> None:
         """The next blocks' partial sums, (blocks, N, N)."""
         self._pending = torch.cat([self._pending, partials])
         while len(self._pending) >= _GROUP:
-            self._groups.append(_added(self._pending[:_GROUP]))
+            carried: Tensor | None = _added(self._pending[:_GROUP])
             self._pending = self._pending[_GROUP:].clone()
+            for place, sum_NN in enumerate(self._sums):
+                if sum_NN is None or carried is None:
+                    self._sums[place] = sum_NN if carried is None else carried
+                    carried = None
+                else:
+                    self._sums[place], carried = None, sum_NN + carried
+            if carried is not None:
+                self._sums.append(carried)
 
     def total(self) -> Tensor:
         """(N, N), float64, symmetric.
@@ -66,7 +74,9 @@ class GramSum:
         Raises:
             MergeError: if a product or a sum is beyond float64.
         """
-        sum_NN = _added(torch.stack([*self._groups, _added(self._pending)]))
+        sum_NN = _added(self._pending)
+        for each_NN in self._sums:
+            sum_NN = sum_NN if each_NN is None else each_NN + sum_NN
         gram_NN = torch.triu(sum_NN) + torch.triu(sum_NN, 1).T
         if not torch.isfinite(gram_NN).all():
             raise MergeError("an inner product of the clients' models is beyond float64")
