@@ -239,7 +239,7 @@ def test_addresses_are_taken_of_what_can_be_read_through_them_only():
         torch.zeros(10, device="meta"),
         torch.zeros(10).to(torch.int32),
     ):
-        with pytest.raises(ValueError, match="elements|cannot be read"):
+        with pytest.raises(ValueError, match=r"elements|cannot be read"):
             Inputs(module, good_S, [bad_S])
         with pytest.raises(ValueError, match="is no place for 10 elements"):
             Inputs(module, good_S, [good_S]).weighted_sum(1.0, [1.0], 0, 10, bad_S)
