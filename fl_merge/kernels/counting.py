@@ -32,24 +32,18 @@ def largest_magnitude(address, code, start, stop):
         largest = np.uint32(0)
         word_S = carray(pointer(address + 4 * start), (size,), np.uint32)
         for s in range(size):
-            magnitude = word_S[s] & MAGNITUDE
-            if magnitude > largest:
-                largest = magnitude
+            largest = max(largest, np.uint32(word_S[s] & MAGNITUDE))
         return np.int64(largest)
     if code == FLOAT64:
         widest = np.uint64(0)
         long_S = carray(pointer(address + 8 * start), (size,), np.uint64)
         for s in range(size):
-            long = long_S[s] & np.uint64(0x7FFFFFFFFFFFFFFF)
-            if long > widest:
-                widest = long
+            widest = max(widest, long_S[s] & np.uint64(0x7FFFFFFFFFFFFFFF))
         return np.int64(widest)
     narrowest = np.uint16(0)
     half_S = carray(pointer(address + 2 * start), (size,), np.uint16)
     for s in range(size):
-        half = half_S[s] & np.uint16(0x7FFF)
-        if half > narrowest:
-            narrowest = half
+        narrowest = max(narrowest, np.uint16(half_S[s] & np.uint16(0x7FFF)))
     return np.int64(narrowest)
 
 
