@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import struct
 
 import pytest
@@ -250,6 +251,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(MergeError) as caught:
         save({"w": torch.ones(1)}, tmp_path / "file")
     assert str(caught.value) == f"cannot make the folder '{tmp_path / 'file'}': File exists"
+
+
+def test_a_folder_that_has_vanished_meanwhile(tmp_path):
+    sink = SafetensorsSink(tmp_path / "model")
+    sink.begin({"w": TensorSpec((4,), torch.float32)})
+    sink.write("w", 0, torch.ones(4))
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(MergeError, match=r"^cannot write '.*model' \(16 bytes\): No such file or directory$"):
+        sink.finish()
+    sink.abort()
+    assert names_in(tmp_path) == []
 
 
 def test_a_dtype_that_the_format_does_not_have(tmp_path):
