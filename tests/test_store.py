@@ -186,18 +186,18 @@ class InterruptedMergeError(Exception):
 
 
 def interrupted_merge(folder, after):
-    """A merge into the folder that fails once so many writes are done."""
+    """A merge into the folder that fails once so many tensors have been asked for to be written to."""
     sink = SafetensorsSink(folder, max_shard_bytes=80)
-    writes = []
-    real_write = sink.write
+    asked = []
+    real_place = sink.place
 
-    def write(name, start, values_S):
-        if len(writes) == after:
+    def place(name):
+        if len(asked) == after:
             raise InterruptedMergeError
-        writes.append(name)
-        real_write(name, start, values_S)
+        asked.append(name)
+        return real_place(name)
 
-    sink.write = write
+    sink.place = place
     source = MemorySource({name: tensor + 1 for name, tensor in MODEL.items()})
     with pytest.raises(InterruptedMergeError):
         execute(weighted_average(), Cohort(source, (Update("0", 1.0, source),)), sink, threads=1)
