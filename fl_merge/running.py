@@ -298,7 +298,7 @@ def _scratch(path: Path, name: str, spec: TensorSpec) -> Tensor:
             mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise MergeError(
-            f"tensor '{name}': cannot keep {size:,} bytes of its running sum in '{path}': {error.strerror}"
+            f"cannot keep a running sum of {size:,} bytes for tensor '{name}' in '{path}': {error.strerror}"
         ) from error
     return torch.frombuffer(mapped, dtype=torch.float64)
 

@@ -292,7 +292,7 @@ def test_no_room_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fl_merge.running.claim", full)
     with pytest.raises(
-        MergeError, match=r"^tensor 'w': cannot keep 32 bytes of its running sum in '.*0.high': No space left"
+        MergeError, match=r"^cannot keep a running sum of 32 bytes for tensor 'w' in '.*0.high': No space left"
     ):
         running(Averages(), {"w": torch.zeros(4)}, [Update("1", 1.0, MemorySource({"w": torch.ones(4)}))], tmp_path)
 

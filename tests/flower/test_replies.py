@@ -272,9 +272,10 @@ def test_silent_clients_do_not_keep_the_others_from_being_looked_at(monkeypatch)
     class Silent(RemoteGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
             (message_id,) = message_ids
-            looks.append(int(message_id.split()[-1]))
+            number = int(message_id.split()[-1])
+            looks.append(number)
             time.sleep(0.02)
-            return super().pull_messages([message_id]) if looks[-1] == 39 else []
+            return super().pull_messages([message_id]) if number == 39 else []
 
     grid = Silent(range(1, 41), lambda message: trained(message, 1.0))
     sent = [Message(RecordDict(), dst_node_id=node, message_type="train", group_id="1") for node in grid.nodes]
