@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
@@ -139,3 +139,10 @@ def last_line(reason: str | None) -> str:
     """The end of a traceback, which is where it says what happened."""
     lines = [line for line in (reason or "").split("\n") if line.strip()]
     return one_line(lines[-1]) if lines else "no reason given"
+
+
+def log_refused(refused: Sequence[Refusal], usable: int, phase: str) -> None:
+    """Say how many replies of a phase were usable, and of each other one why it was not."""
+    logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
+    for refusal in refused:
+        logger.warning("\trefused: %s", refusal)

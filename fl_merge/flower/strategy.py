@@ -15,16 +15,17 @@ from flwr.serverapp.strategy import Result, Strategy
 from fl_merge.check import MAX_NUM_EXAMPLES
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.flower._malloc import give_back_large_blocks
+from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.contents import (
     Evaluations,
     MetricsFunction,
     client_of,
     last_line,
+    log_refused,
     metrics_of,
     read_update,
     without_arrays,
 )
-from fl_merge.flower.records import to_record, views
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.sampling import RunFailedError, counted, sample
@@ -119,12 +120,9 @@ class FedMerge(Strategy):
         running_sum: bool = False,
         watchers: Sequence[Watcher] = (),
     ) -> None:
-        for name, count in {
-            "min_train_nodes": min_train_nodes,
-            "min_evaluate_nodes": min_evaluate_nodes,
-            "min_available_nodes": min_available_nodes,
-        }.items():
-            whole_number(name, count, 0)
+        whole_number("min_train_nodes", min_train_nodes, 0)
+        whole_number("min_evaluate_nodes", min_evaluate_nodes, 0)
+        whole_number("min_available_nodes", min_available_nodes, 0)
         whole_number("min_replies", 1 if min_replies is None else min_replies, 1)
         whole_number("max_spill_bytes", 1 if max_spill_bytes is None else max_spill_bytes, 1)
         whole_number("spill_above_bytes", 0 if spill_above_bytes is None else spill_above_bytes, 0)
@@ -158,10 +156,7 @@ class FedMerge(Strategy):
         self.max_spill_bytes = max_spill_bytes
         self.spill_above_bytes = spill_above_bytes
         self.watchers = tuple(watchers)
-        self._model: GlobalModel | None = None
-        self._record: ArrayRecord | None = None  # `_model` as it is given out
-        self._stand_in: ArrayRecord | None = None  # for the initial one in Flower's loop
-        self._wire_record: ArrayRecord | None = None  # and as clients are sent it
+        self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
         self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
         self._merged_rounds = 0
         self._failures: list[str] = []
@@ -173,9 +168,7 @@ class FedMerge(Strategy):
         Raises:
             MergeError: before the first round.
         """
-        if self._model is None:
-            raise MergeError("there is no global model yet: configure_train has not been called")
-        return self._model
+        return self._carried.model
 
     def summary(self) -> None:
         """Log the settings."""
@@ -211,22 +204,20 @@ class FedMerge(Strategy):
             RunFailedError: if no round made a model.
         """
         self._adopt(initial_arrays)
-        # Flower's loop keeps what it is given to its end. This stands for the initial model, and is emptied when there
-        # is a merged one.
-        self._stand_in = ArrayRecord(dict(initial_arrays))
+        stand_in = self._carried.stand_in(initial_arrays)
         del initial_arrays
         self._merged_rounds, self._failures = 0, []
         watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
         for watcher in self._watchers():
             watcher.run_started(num_rounds, self.method)
         result = super().start(
-            RepliesAsTheyCome(grid), self._stand_in, num_rounds, timeout, train_config, evaluate_config, watched
+            RepliesAsTheyCome(grid), stand_in, num_rounds, timeout, train_config, evaluate_config, watched
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
             raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
         if not result.arrays:
-            assert self._record is not None
-            result.arrays = self._record
+            assert self._carried.record is not None
+            result.arrays = self._carried.record
         return result
 
     def _watchers(self) -> tuple[Watcher, ...]:
@@ -236,9 +227,7 @@ class FedMerge(Strategy):
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if arrays is self._stand_in and self._record is not None:
-                arrays = self._record
-            metrics = evaluate_fn(server_round, arrays)
+            metrics = evaluate_fn(server_round, self._carried.meant_by(arrays))
             if metrics is not None:
                 for watcher in self._watchers():
                     watcher.server_evaluated(server_round, dict(metrics))
@@ -247,14 +236,7 @@ class FedMerge(Strategy):
         return evaluated
 
     def _adopt(self, arrays: ArrayRecord) -> None:
-        """Make `arrays` the global model, unless it is the record that the model was given out as."""
-        if arrays is self._record or arrays is self._stand_in:
-            return
-        self._model = GlobalModel.initial(views(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
-        self._record = arrays
-        self._wire_record = (
-            arrays if self.wire_dtype is None else to_record(self._model.sent, encoded=self._model.encoded)
-        )
+        self._carried.adopt(arrays)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -351,24 +333,19 @@ class FedMerge(Strategy):
                 del message  # or it would stay until the next one is there
             model, report = collected.merge()
             del collected  # and with it the updates
-        self._log(report.refused, len(report.accepted), "train")
+        log_refused(report.refused, len(report.accepted), "train")
         metrics = None
         if model is None:
             self._failures.append(f"round {server_round}: {report.failure}")
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
-            if self._stand_in is not None:
-                self._stand_in.clear()
-            self._model, self._record = model, to_record(model.tensors(), encoded=model.encoded)
-            self._wire_record = (
-                self._record if self.wire_dtype is None else to_record(model.sent, encoded=model.encoded)
-            )
+            self._carried.follow(model)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
         for watcher in self._watchers():
             watcher.round_ended(report, self.model)
-        return (None, None) if model is None else (self._record, metrics)
+        return (None, None) if model is None else (self._carried.record, metrics)
 
     def _take_in(
         self, collected: Round, client_id: str, message: Message, *, arrays_too: bool = True
@@ -387,9 +364,7 @@ class FedMerge(Strategy):
             return None
         if self.train_metrics_aggr_fn is None:  # nobody will ask
             return RecordDict()
-        if arrays_too:
-            return message.content
-        return without_arrays(message.content)
+        return message.content if arrays_too else without_arrays(message.content)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -420,7 +395,7 @@ class FedMerge(Strategy):
             return None
         found.end()
         refused = tuple(found.refused.values())
-        self._log(refused, len(found.reports), "evaluate")
+        log_refused(refused, len(found.reports), "evaluate")
         metrics = None
         if found.reports:
             metrics = metrics_of(self.evaluate_metrics_aggr_fn, found.contents, found.reports, self.weighted_by_key)
@@ -445,8 +420,8 @@ class FedMerge(Strategy):
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         settings = config.copy()
         settings["server-round"] = server_round
-        assert self._wire_record is not None
-        content = RecordDict({self.arrayrecord_key: self._wire_record, self.configrecord_key: settings})
+        assert self._carried.wire_record is not None
+        content = RecordDict({self.arrayrecord_key: self._carried.wire_record, self.configrecord_key: settings})
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
         ]
@@ -456,8 +431,3 @@ class FedMerge(Strategy):
     def _asked_by_id(self) -> dict[str, str]:
         """Node ids by the ids of the requests; empty if the messages have not been sent through a Grid."""
         return {about.message_id: str(about.dst_node_id) for about in self._asked if about.message_id}
-
-    def _log(self, refused: Sequence[Refusal], usable: int, phase: str) -> None:
-        logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
-        for refusal in refused:
-            logger.warning("\trefused: %s", refusal)
