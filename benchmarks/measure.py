@@ -119,7 +119,7 @@ class Worker:
                 highest = max(highest, anonymous_bytes(self._process.pid) or 0)
             highest = max(highest, anonymous_bytes(self._process.pid) or 0)
             found = self._hear()
-            last = len(runs) >= repeats or sum(run.wall for run in runs) + found["wall"] >= budget
+            last = len(runs) + 1 >= repeats + (repeats > 1) or sum(run.wall for run in runs) + found["wall"] >= budget
             self._say("last" if last else "again")
             more = self._hear()
             extra = None if before is None else highest - before

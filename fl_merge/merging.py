@@ -74,7 +74,16 @@ def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float
     for client_id, weight in given.items():
         if not isinstance(weight, SupportsFloat) or not 0 < float(weight) < math.inf:
             raise RecipeError(f"weights: client '{client_id}': found {weight!r}, wanted a number > 0")
-    return {client_id: float(weight) for client_id, weight in given.items()}
+    shares = {client_id: float(weight) for client_id, weight in given.items()}
+    try:
+        math.fsum(shares.values())
+    except OverflowError:
+        largest = max(shares, key=shares.__getitem__)
+        raise RecipeError(
+            f"weights: client '{largest}': found {given[largest]!r}, and no float64 holds the sum of all; wanted "
+            "smaller numbers in the same proportions"
+        ) from None
+    return shares
 
 
 def _tied(base: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

@@ -88,7 +88,8 @@ class Round:
             it after `merge`. If it cannot keep an update the round makes no model: which clients are in it would be a
             matter of who was first.
         running: the sum to which accepted updates are added when they come, in place of being kept; the merged model
-            is then the sum's, to a last place what it is otherwise.
+            is then the sum's, to a last place what it is otherwise. If an update is added to it in part the round makes
+            no model.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fl_merge.errors import MergeError, RecipeError
+from fl_merge.errors import MergeError, RecipeError, one_line
 from fl_merge.execute import MergeReport
-from fl_merge.store import claim
+from fl_merge.store import claim, fill
 from fl_merge.types import (
     BASE,
     CohortSpec,
@@ -169,21 +169,32 @@ class RunningSum:
     def add(self, update: Update) -> None:
         """Add an update that has passed the check. Nothing of it is referred to afterwards, but for counters.
 
+        All of the update is read before anything is added: one that cannot be read changes nothing, and what reading it
+        raises is raised. What fails after that leaves a sum that takes no more and is not merged.
+
         Raises:
-            MergeError: if the client's is in the sum already, or there is no room for the scratch files.
+            MergeError: if the client's is in the sum already, there is no room for the scratch files, or this update or
+                an earlier one was added in part.
         """
+        if self._failed:
+            raise MergeError(f"client '{update.client_id}': the running sum takes no more, an update was added in part")
         if update.client_id in self._added:
             raise MergeError(f"client '{update.client_id}' is in the sum already")
         weight = update.num_examples * self._factor
-        self._failed = True  # until all of it is in
-        if not self._added:
+        size = sum(spec.nbytes for spec in update.tensors.specs().values())
+        others = {name: update.tensors.read(name).clone() for name in self._asked}
+        pairs = {name: (self._base.read(name), update.tensors.read(name)) for name in self._floating}
+        if not self._sums:
             self._sums = {
-                name: (_scratch(self._folder / f"{number}.high", spec), _scratch(self._folder / f"{number}.low", spec))
+                name: (
+                    _scratch(self._folder / f"{number}.high", name, spec),
+                    _scratch(self._folder / f"{number}.low", name, spec),
+                )
                 for number, (name, spec) in enumerate(self._floating.items())
             }
         jobs: list[Job] = []
         for name, (high_S, low_S) in self._sums.items():
-            base_S, client_S = self._base.read(name).reshape(-1), update.tensors.read(name).reshape(-1)
+            base_S, client_S = (tensor.reshape(-1) for tensor in pairs[name])
 
             def work(
                 piece: slice,
@@ -196,17 +207,24 @@ class RunningSum:
                 add_product(high_S[piece], low_S[piece], weight, delta_S)
 
             jobs += [(work, piece) for piece in _pieces(high_S.numel())]
-        _on_all_cores(jobs)
-        self._others[update.client_id] = {name: update.tensors.read(name).clone() for name in self._asked}
+        self._failed = True  # until all of it is in
+        try:
+            _on_all_cores(jobs)
+        except Exception as error:
+            raise MergeError(
+                f"client '{update.client_id}' was added to the running sum in part: {type(error).__name__}: "
+                f"{one_line(str(error))}"
+            ) from error
+        self._others[update.client_id] = others
         self._added[update.client_id] = update.num_examples
-        self._bytes_read += sum(spec.nbytes for spec in update.tensors.specs().values())
+        self._bytes_read += size
         self._failed = False
 
     def merge(self, sink: TensorSink) -> MergeReport:
         """Write the merged model, floating tensors in the dtype in which they are merged.
 
         Raises:
-            MergeError: if nothing was added, an `add` has failed, or a merged value does not fit its dtype.
+            MergeError: if nothing was added, an update was added in part, or a merged value does not fit its dtype.
         """
         if self._failed or not self._added:
             raise MergeError("the running sum is of no use: an update was added in part, or none at all")
@@ -234,9 +252,10 @@ class RunningSum:
                     low_S: Tensor = low_S,
                     dtype: torch.dtype = dtype,
                 ) -> None:
-                    values_S = add_quotient(base_S[piece].double(), high_S[piece], low_S[piece], total).to(dtype)
+                    exact_S = add_quotient(base_S[piece].double(), high_S[piece], low_S[piece], total)
+                    values_S = exact_S.to(dtype)
                     if not values_S.abs().amax().isfinite():
-                        raise MergeError(f"tensor '{name}': a merged value does not fit {dtype}; lower the scale")
+                        raise _unfit(name, exact_S, dtype)
                     for each in names[name]:
                         sink.write(each, piece.start, values_S)
 
@@ -260,15 +279,26 @@ class RunningSum:
         return MergeReport(clients, shares, len(specs), self._bytes_read, written, time.perf_counter() - self._started)
 
 
-def _scratch(path: Path, spec: TensorSpec) -> Tensor:
+def _unfit(name: str, values_S: Tensor, dtype: torch.dtype) -> MergeError:
+    largest = float(values_S.abs().amax())
+    magnitude = math.inf if math.isnan(largest) else largest
+    return MergeError(
+        f"tensor '{name}': a merged value of magnitude {magnitude:g} does not fit "
+        f"{str(dtype).removeprefix('torch.')}; lower the method's scale"
+    )
+
+
+def _scratch(path: Path, name: str, spec: TensorSpec) -> Tensor:
     """Zeros of float64 in a file, so that they are no anonymous memory."""
+    size = 8 * spec.numel
     try:
-        with open(path, "w+b") as file:
-            claim(file.fileno(), 0, 8 * spec.numel)
-            mapped = mmap.mmap(file.fileno(), 0)
+        with open(path, "w+b", buffering=0) as file:
+            if not claim(file.fileno(), 0, size):
+                fill(file.fileno(), 0, size)
+            mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise MergeError(
-            f"cannot keep a running sum of {8 * spec.numel:,} bytes in '{path}': {error.strerror}"
+            f"cannot keep a running sum of {size:,} bytes for tensor '{name}' in '{path}': {error.strerror}"
         ) from error
     return torch.frombuffer(mapped, dtype=torch.float64)
 

@@ -24,8 +24,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError
-from fl_merge.store import Held, SafetensorsSource, check_storable, claim, layout, lock_folder
+from fl_merge.errors import DecodeError, MergeError, RecipeError, TensorMismatchError, UpdateError
+from fl_merge.store import SAFETENSORS_DTYPES, Held, SafetensorsSource, check_storable, claim, layout, lock_folder
 from fl_merge.types import TensorSpec, Update
 
 PREFIX = "fl-merge-spill-"
@@ -84,14 +84,23 @@ class Spill:
             update: has passed the check.
 
         Returns:
-            An update whose tensors are read from the file when they are asked for. A tensor of which the bytes are no
-            longer those that were written is a MergeError.
+            An update whose tensors are read from the file when they are asked for. To read one is a MergeError if its
+            bytes are no longer those that were written; see `SpilledTensors` for when that is looked at.
 
         Raises:
-            UpdateError: if the update is larger than its share of `max_bytes`.
+            UpdateError: if the update is larger than its share of `max_bytes`, or has a dtype that no safetensors file
+                has.
             MergeError: if it cannot be written: the disk is full, say. Nothing of it is left there then.
         """
         specs = update.tensors.specs()
+        for name, spec in specs.items():
+            if spec.dtype not in SAFETENSORS_DTYPES:
+                known = ", ".join(_short(dtype) for dtype in SAFETENSORS_DTYPES)
+                raise TensorMismatchError(
+                    f"dtype {_short(spec.dtype)} cannot be kept on disk, wanted one of {known}",
+                    client_id=update.client_id,
+                    tensor=name,
+                )
         check_storable(specs)
         head, places, size = layout(specs, {})
         if self._max_bytes is not None and size > self._max_bytes // self._clients:
@@ -140,13 +149,19 @@ class Spill:
 
 
 class SpilledTensors:
-    """A mapped safetensors file of which each tensor is compared with its checksum when it is first read."""
+    """A mapped safetensors file.
+
+    Each tensor is compared with its checksum when it is first read, and when it is read after something has changed in
+    what the system says of the file: its size, its times, or that it is another. What changes in the file after a
+    tensor was read, while views of it are still in use, is found only if the tensor is read again.
+    """
 
     def __init__(self, path: Path, checksums: Mapping[str, int], client_id: str) -> None:
         self._path = path
         self._client_id = client_id
-        self._unchecked = dict(checksums)
+        self._checksums = dict(checksums)
         self._size = path.stat().st_size
+        self._checked: dict[str, object] = {}  # what the system said of the file before each tensor was compared
         try:
             self._source = SafetensorsSource(path)
         except (DecodeError, RecipeError) as error:
@@ -164,15 +179,20 @@ class SpilledTensors:
             MergeError: if it is not what was written.
         """
         # To touch what was cut off from a mapped file ends the process; one that was removed stays readable.
+        state: object = "removed"
         with contextlib.suppress(FileNotFoundError):
-            if (size := self._path.stat().st_size) != self._size:
-                raise self._changed(f"the file has {size:,} bytes, wanted {self._size:,}")
-        tensor = self._source.read(name)
-        wanted = self._unchecked.get(name)
-        if wanted is not None:
-            if zlib.crc32(_bytes_of(tensor)) != wanted:
+            found = self._path.stat()
+            if found.st_size != self._size:
+                raise self._changed(f"the file has {found.st_size:,} bytes, wanted {self._size:,}")
+            state = found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+        try:
+            tensor = self._source.read(name)
+        except DecodeError as error:  # cut off since
+            raise self._changed(error.problem) from error
+        if self._checked.get(name) != state:
+            if zlib.crc32(_bytes_of(tensor)) != self._checksums[name]:
                 raise self._changed(f"tensor '{name}' does not have its checksum")
-            self._unchecked.pop(name, None)
+            self._checked[name] = state
         return tensor
 
     def aliases(self) -> Mapping[str, str]:
@@ -203,6 +223,10 @@ def _never_locked(folder: Path) -> Iterator[Path]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat_S = tensor.detach().cpu().contiguous().view(-1)
     return flat_S.view(torch.uint8).numpy().data if flat_S.numel() else memoryview(b"")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write(descriptor: int, data: memoryview) -> None:

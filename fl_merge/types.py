@@ -98,7 +98,10 @@ class TensorSink(Protocol):
         ...
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
-        """Elements from `start` on of the flattened tensor, in its dtype. Called from several threads."""
+        """Elements from `start` on of the flattened tensor, in its dtype. Called from several threads.
+
+        An element may be written more than once, never from two threads at a time: the last write counts.
+        """
         ...
 
     def place(self, name: str) -> Tensor | None:

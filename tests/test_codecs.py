@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fl_merge.codecs import CODECS, DTYPES, Numpy, Raw, blank, codec_for
 from fl_merge.errors import DecodeError
+from fl_merge.store import SAFETENSORS_DTYPES
 from fl_merge.types import TensorSpec
 
 THREE = TensorSpec((3,), torch.float32)
@@ -49,6 +50,11 @@ def test_raw_bytes_hold_any_dtype(dtype):
         data = Raw().encode(tensor)
         assert len(data) == tensor.nbytes
         assert torch.equal(Raw().decode(data, TensorSpec.of(tensor)).double(), tensor.double())
+
+
+def test_what_travels_is_what_files_hold():
+    """The two tables are written down apart, for neither module imports the other."""
+    assert set(DTYPES.values()) == set(SAFETENSORS_DTYPES)
 
 
 def test_what_numpy_has_travels_as_numpys_and_the_rest_raw():

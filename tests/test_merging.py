@@ -49,6 +49,11 @@ def test_the_seed_is_an_argument():
         ([1.0, math.inf], "weights: client '1': found inf, wanted a number > 0"),
         ([1.0, "2"], "weights: client '1': found '2', wanted a number > 0"),
         ([1.0, None], "weights: client '1': found None, wanted a number > 0"),
+        (
+            [1e308, 1.1e308],
+            "weights: client '1': found 1.1e+308, and no float64 holds the sum of all; "
+            "wanted smaller numbers in the same proportions",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(weights, words):

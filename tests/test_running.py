@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_merge.check import check_update
-from fl_merge.errors import MergeError, RecipeError
+from fl_merge.errors import DecodeError, MergeError, RecipeError
 from fl_merge.execute import execute
 from fl_merge.method import METHODS
 from fl_merge.methods import task_arithmetic, ties, weighted_average
@@ -24,6 +24,10 @@ from fl_merge.types import Cohort, CohortSpec, Update
 doubles = st.floats(-1e30, 1e30, allow_subnormal=False).filter(lambda x: x == 0 or abs(x) > 1e-60)
 narrow = st.floats(-(2.0**99), 2.0**99, width=32)
 weights = st.floats(1e-6, 1e9)
+
+COUNTER = "bn.num_batches_tracked"
+BASE = {"a": torch.zeros(4), "w": torch.zeros(4), COUNTER: torch.tensor(0)}
+WITHOUT_TWO = {"a": [2.0] * 4, "w": [2.0] * 4, COUNTER: 3}
 
 
 def double(*values):
@@ -175,20 +179,111 @@ def test_other_methods_are_refused():
 def test_what_does_not_fit_is_said(tmp_path):
     base = {"w": torch.full((4,), 3e38)}
     update = Update("1", 1.0, MemorySource({"w": torch.full((4,), -3e38)}))
-    with pytest.raises(MergeError, match="tensor 'w': a merged value does not fit"):
+    with pytest.raises(
+        MergeError,
+        match=r"^tensor 'w': a merged value of magnitude 6e\+38 does not fit float32; lower the method's scale$",
+    ):
         running(Averages(-0.5), base, [update], tmp_path)
 
 
-def test_a_client_counts_once_and_a_sum_that_broke_is_not_merged(tmp_path):
-    base = {"a": torch.zeros(4), "w": torch.zeros(4)}
-    total = RunningSum(Averages(), MemorySource(base), tmp_path)
-    total.add(Update("1", 1.0, MemorySource({"a": torch.ones(4), "w": torch.ones(4)})))
+def pair(client, value):
+    return Update(client, 1.0, MemorySource(filled(value)))
+
+
+def filled(value):
+    return {name: torch.full_like(tensor, value) for name, tensor in BASE.items()}
+
+
+class Unreadable(MemorySource):
+    """One tensor cannot be read; with `passed` reads of it that went well before."""
+
+    def __init__(self, name, passed=0):
+        super().__init__(filled(9.0))
+        self.name, self.passed = name, passed
+
+    def read(self, name):
+        if name == self.name:
+            self.passed -= 1
+            if self.passed < 0:
+                raise DecodeError("gone", tensor=name)
+        return super().read(name)
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_an_update_that_cannot_be_read_leaves_nothing_in_the_sum(tmp_path, name):
+    total = RunningSum(Averages(), MemorySource(BASE, {}), tmp_path)
+    total.add(pair("1", 1.0))
+    with pytest.raises(DecodeError, match="gone"):
+        total.add(Update("2", 1.0, Unreadable(name)))
+    total.add(pair("3", 3.0))
     with pytest.raises(MergeError, match="client '1' is in the sum already"):
-        total.add(Update("1", 1.0, MemorySource({"a": torch.ones(4), "w": torch.ones(4)})))
-    with pytest.raises(KeyError):
-        total.add(Update("2", 1.0, MemorySource({"a": torch.ones(4)})))
+        total.add(pair("1", 1.0))
+    sink = MemorySink()
+    assert total.merge(sink).clients == ("1", "3")
+    assert {name: tensor.tolist() for name, tensor in sink.tensors.items()} == WITHOUT_TWO
+
+
+def breaks_on(place, monkeypatch):
+    """The sum of the tensor at that place, of the second client, cannot be added to."""
+    calls = 0
+
+    def add(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 2 + place:
+            raise RuntimeError("no luck")
+        add_product(*arguments)
+
+    monkeypatch.setattr("fl_merge.running.add_product", add)
+
+
+def test_a_sum_that_broke_takes_no_more_and_is_not_merged(tmp_path, monkeypatch):
+    total = RunningSum(Averages(), MemorySource(BASE, {}), tmp_path)
+    breaks_on(2, monkeypatch)
+    total.add(pair("1", 1.0))
+    with pytest.raises(MergeError, match=r"^client '2' was added to the running sum in part: RuntimeError: no luck$"):
+        total.add(pair("2", 9.0))
+    with pytest.raises(MergeError, match=r"^client '3': the running sum takes no more, an update was added in part$"):
+        total.add(pair("3", 1.0))
     with pytest.raises(MergeError, match="of no use"):
         total.merge(MemorySink())
+
+
+def a_round(folder):
+    model = GlobalModel.of(BASE)
+    total = RunningSum(Averages(), MemorySource(model.sent), folder)
+    return Round(1, model, Averages(), ("1", "2", "3"), running=total)
+
+
+@pytest.mark.parametrize("name", BASE)
+def test_a_round_loses_only_the_client_whose_update_cannot_be_read(tmp_path, name):
+    collected = a_round(tmp_path)
+    updates = [pair("1", 1.0), Update("2", 1.0, Unreadable(name, passed=1)), pair("3", 3.0)]  # the check reads it too
+    for update in updates:
+        collected.offer(update.client_id, lambda update=update: update)
+    model, report = collected.merge()
+    assert [str(refusal) for refusal in report.refused] == [f"client '2', tensor '{name}': gone"]
+    assert {name: tensor.tolist() for name, tensor in model.sent.items()} == WITHOUT_TWO
+
+
+def test_a_round_of_which_an_update_was_added_in_part_makes_no_model(tmp_path, monkeypatch):
+    collected = a_round(tmp_path)
+    breaks_on(2, monkeypatch)
+    for update in pair("1", 1.0), pair("2", 9.0), pair("3", 3.0):
+        collected.offer(update.client_id, lambda update=update: update)
+    model, report = collected.merge()
+    assert model is None
+    assert report.failure == "client '2' was added to the running sum in part: RuntimeError: no luck"
+    assert [str(refusal) for refusal in report.refused] == [
+        "client '2': the server could not keep it",
+        "client '3': came after the server could keep no more updates",
+    ]
+
+
+def test_where_no_room_can_be_claimed_ahead_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("fl_merge.running.claim", lambda *arguments: False)
+    found, _ = running(Averages(), BASE, [pair("1", 1.0), pair("2", 3.0)], tmp_path)
+    assert found["w"].tolist() == [2.0] * 4
 
 
 def test_no_room_is_said(tmp_path, monkeypatch):
@@ -196,7 +291,9 @@ def test_no_room_is_said(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fl_merge.running.claim", full)
-    with pytest.raises(MergeError, match=r"cannot keep a running sum of 32 bytes .*No space left"):
+    with pytest.raises(
+        MergeError, match=r"^cannot keep a running sum of 32 bytes for tensor 'w' in '.*0.high': No space left"
+    ):
         running(Averages(), {"w": torch.zeros(4)}, [Update("1", 1.0, MemorySource({"w": torch.ones(4)}))], tmp_path)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fl_merge import METHODS, MergeError, build
 from fl_merge.codecs import DTYPES
-from fl_merge.errors import UpdateError
+from fl_merge.errors import TensorMismatchError, UpdateError
 from fl_merge.methods import weighted_average
 from fl_merge.model import GlobalModel
 from fl_merge.rounds import Refusal, Round
@@ -168,8 +168,24 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_a_dtype_that_the_format_does_not_have(tmp_path):
-    with pytest.raises(MergeError, match=r"^tensor 'z': a safetensors file has no dtype for \(2,\) complex64$"):
-        Spill(tmp_path).keep(update("1", {"z": torch.zeros(2, dtype=torch.complex64)}))
+    """It is no fault of the others': a floating dtype other than the base's passes the check."""
+    model = GlobalModel.of({"w": torch.zeros(4)})
+    odd = update("7", {"w": torch.ones(4).to(torch.float8_e4m3fnuz)})
+    with Spill(tmp_path) as spill:
+        collected = Round(1, model, weighted_average(), NAMES, spill=spill)
+        assert str(collected.offer("7", lambda: odd)).startswith(
+            "client '7', tensor 'w': dtype float8_e4m3fnuz cannot be kept on disk, wanted one of float64, float32, "
+        )
+        with pytest.raises(TensorMismatchError):
+            spill.keep(odd)
+        for client_id in NAMES[1:]:
+            assert collected.offer(client_id, lambda each=client_id: update(each)) is None
+        assert collected.merge()[0].sent["w"].tolist() == [1.0] * 4
+
+
+def test_a_name_that_the_format_does_not_have(tmp_path):
+    with pytest.raises(MergeError, match=r"^tensor '__metadata__': the name is taken in a safetensors file"):
+        Spill(tmp_path).keep(update("1", {"__metadata__": torch.zeros(2)}))
 
 
 # --- what was written is what is merged ------------------------------------------------------------------------------
@@ -193,6 +209,27 @@ def test_a_file_that_was_changed_costs_the_round(tmp_path, spoil, problem):
     assert merged is None
     assert report.failure.startswith("client '2': its update in ")
     assert f"has changed since it came: {problem}" in report.failure
+
+
+def test_bytes_that_change_after_they_were_read_are_found_when_they_are_read_again(tmp_path):
+    with Spill(tmp_path) as spill:
+        kept = spill.keep(update("2"))
+        assert kept.tensors.read("w").tolist() == [1.0] * 4
+        path = next(tmp_path.rglob("*.safetensors"))
+        with open(path, "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x01")
+        os.utime(path, ns=(0, 0))  # whatever the clock's grain
+        with pytest.raises(MergeError, match="has changed since it came: tensor 'w' does not have its checksum"):
+            kept.tensors.read("w")
+
+
+def test_bytes_are_compared_once_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    with Spill(tmp_path) as spill:
+        kept = spill.keep(update())
+        kept.tensors.read("w")
+        monkeypatch.setattr("fl_merge.spill.zlib.crc32", lambda data: pytest.fail("again"))
+        assert kept.tensors.read("w").tolist() == [1.0] * 4
 
 
 def test_an_update_stays_readable_when_its_file_has_been_removed(tmp_path):

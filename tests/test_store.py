@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import struct
 
 import pytest
@@ -185,15 +186,15 @@ class InterruptedMergeError(Exception):
 
 
 def interrupted_merge(folder, after):
-    """A merge into the folder that fails once so many writes are done."""
+    """A merge into the folder that fails once so many tensors have been asked for to be written to."""
     sink = SafetensorsSink(folder, max_shard_bytes=80)
-    placed = []
+    asked = []
     real_place = sink.place
 
     def place(name):
-        if len(placed) == after:
+        if len(asked) == after:
             raise InterruptedMergeError
-        placed.append(name)
+        asked.append(name)
         return real_place(name)
 
     sink.place = place
@@ -250,6 +251,17 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     with pytest.raises(MergeError) as caught:
         save({"w": torch.ones(1)}, tmp_path / "file")
     assert str(caught.value) == f"cannot make the folder '{tmp_path / 'file'}': File exists"
+
+
+def test_a_folder_that_has_vanished_meanwhile(tmp_path):
+    sink = SafetensorsSink(tmp_path / "model")
+    sink.begin({"w": TensorSpec((4,), torch.float32)})
+    sink.write("w", 0, torch.ones(4))
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(MergeError, match=r"^cannot write '.*model' \(16 bytes\): No such file or directory$"):
+        sink.finish()
+    sink.abort()
+    assert names_in(tmp_path) == []
 
 
 def test_a_dtype_that_the_format_does_not_have(tmp_path):

@@ -8,6 +8,7 @@ the threshold is fixed, at the price of new page faults for each large block.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -26,7 +27,5 @@ def give_back_large_blocks() -> None:
     if _fixed or tuned:
         return
     _fixed = True
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(_THRESHOLD))
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return

@@ -72,8 +72,8 @@ class RepliesAsTheyCome(Grid):
         """Send now, and yield the replies until all are there, or until `timeout` seconds have passed since.
 
         What is there when the time is up is still yielded, however long the earlier replies took to be dealt with;
-        what is still on its way some seconds later is given up. A
-        message that could not be sent, and a reply that cannot be decoded, are answered by an error.
+        what is still on its way some seconds later is given up. A message that could not be sent, and a reply that
+        cannot be decoded, are answered by an error.
         """
         sent = list(messages)
         pushed = {message_id for message_id in (self._grid.push_messages(sent) if sent else []) if message_id}
@@ -117,7 +117,7 @@ class RepliesAsTheyCome(Grid):
             now = time.monotonic()
             if last is None and deadline is not None and now >= deadline:
                 last, quiet_since = set(due), now
-            for message_id in list(due):
+            for message_id in sorted(due, key=due.__getitem__):  # or those in front would keep the rest waiting
                 idle = message_id not in looks.begun
                 wanted = due[message_id] <= now if last is None else message_id in last
                 if idle and wanted and looks.in_the_way(_PATIENCE if last is None else _LAST_PATIENCE) < at_once:

@@ -4,43 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Result, Strategy
 
-from fl_merge.check import MAX_NUM_EXAMPLES, check_num_examples
-from fl_merge.errors import DecodeError, MergeError, RecipeError, UpdateError, WeightError, one_line
+from fl_merge.check import MAX_NUM_EXAMPLES
+from fl_merge.errors import MergeError, RecipeError
 from fl_merge.flower._malloc import give_back_large_blocks
-from fl_merge.flower.records import RecordSource, to_record, views
+from fl_merge.flower.carried import CarriedModel
+from fl_merge.flower.contents import (
+    Evaluations,
+    MetricsFunction,
+    client_of,
+    last_line,
+    log_refused,
+    metrics_of,
+    read_update,
+    without_arrays,
+)
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
+from fl_merge.flower.sampling import RunFailedError, counted, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Refusal, Round, RoundReport, average_metrics, quorum
+from fl_merge.rounds import Refusal, Round, RoundReport, quorum
 from fl_merge.running import RunningSum, running_factor
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
-from fl_merge.types import MergeMethod, Update, client_order
+from fl_merge.types import MergeMethod
+
+__all__ = ["SPILL_ABOVE_BYTES", "FedMerge", "MetricsFunction", "RunFailedError"]
 
 logger = logging.getLogger("flwr")
 
 SPILL_ABOVE_BYTES = 10**9
 """More bytes of updates in a round than this are kept on disk unless the operator says otherwise."""
-
-MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
-
-
-class RunFailedError(MergeError, AggregationError):
-    """A run that made no model, or never found enough nodes to begin; Flower ends it as failed."""
 
 
 class FedMerge(Strategy):
@@ -116,12 +120,9 @@ class FedMerge(Strategy):
         running_sum: bool = False,
         watchers: Sequence[Watcher] = (),
     ) -> None:
-        for name, count in {
-            "min_train_nodes": min_train_nodes,
-            "min_evaluate_nodes": min_evaluate_nodes,
-            "min_available_nodes": min_available_nodes,
-        }.items():
-            whole_number(name, count, 0)
+        whole_number("min_train_nodes", min_train_nodes, 0)
+        whole_number("min_evaluate_nodes", min_evaluate_nodes, 0)
+        whole_number("min_available_nodes", min_available_nodes, 0)
         whole_number("min_replies", 1 if min_replies is None else min_replies, 1)
         whole_number("max_spill_bytes", 1 if max_spill_bytes is None else max_spill_bytes, 1)
         whole_number("spill_above_bytes", 0 if spill_above_bytes is None else spill_above_bytes, 0)
@@ -155,10 +156,7 @@ class FedMerge(Strategy):
         self.max_spill_bytes = max_spill_bytes
         self.spill_above_bytes = spill_above_bytes
         self.watchers = tuple(watchers)
-        self._model: GlobalModel | None = None
-        self._record: ArrayRecord | None = None  # `_model` as it is given out
-        self._stand_in: ArrayRecord | None = None  # for the initial one in Flower's loop
-        self._wire_record: ArrayRecord | None = None  # and as clients are sent it
+        self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
         self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
         self._merged_rounds = 0
         self._failures: list[str] = []
@@ -170,9 +168,7 @@ class FedMerge(Strategy):
         Raises:
             MergeError: before the first round.
         """
-        if self._model is None:
-            raise MergeError("there is no global model yet: configure_train has not been called")
-        return self._model
+        return self._carried.model
 
     def summary(self) -> None:
         """Log the settings."""
@@ -208,22 +204,20 @@ class FedMerge(Strategy):
             RunFailedError: if no round made a model.
         """
         self._adopt(initial_arrays)
-        # Flower's loop keeps what it is given to its end. This stands for the initial model, and is emptied when there
-        # is a merged one.
-        self._stand_in = ArrayRecord(dict(initial_arrays))
+        stand_in = self._carried.stand_in(initial_arrays)
         del initial_arrays
         self._merged_rounds, self._failures = 0, []
         watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
         for watcher in self._watchers():
             watcher.run_started(num_rounds, self.method)
         result = super().start(
-            RepliesAsTheyCome(grid), self._stand_in, num_rounds, timeout, train_config, evaluate_config, watched
+            RepliesAsTheyCome(grid), stand_in, num_rounds, timeout, train_config, evaluate_config, watched
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
             raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
         if not result.arrays:
-            assert self._record is not None
-            result.arrays = self._record
+            assert self._carried.record is not None
+            result.arrays = self._carried.record
         return result
 
     def _watchers(self) -> tuple[Watcher, ...]:
@@ -233,9 +227,7 @@ class FedMerge(Strategy):
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if arrays is self._stand_in and self._record is not None:
-                arrays = self._record
-            metrics = evaluate_fn(server_round, arrays)
+            metrics = evaluate_fn(server_round, self._carried.meant_by(arrays))
             if metrics is not None:
                 for watcher in self._watchers():
                     watcher.server_evaluated(server_round, dict(metrics))
@@ -244,14 +236,7 @@ class FedMerge(Strategy):
         return evaluated
 
     def _adopt(self, arrays: ArrayRecord) -> None:
-        """Make `arrays` the global model, unless it is the record that the model was given out as."""
-        if arrays is self._record or arrays is self._stand_in:
-            return
-        self._model = GlobalModel.initial(views(arrays), self.method, wire=self.wire_dtype, tied=self.tied)
-        self._record = arrays
-        self._wire_record = (
-            arrays if self.wire_dtype is None else to_record(self._model.sent, encoded=self._model.encoded)
-        )
+        self._carried.adopt(arrays)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -272,7 +257,7 @@ class FedMerge(Strategy):
         needed = quorum(len(nodes), self.min_replies, self.max_failures)
         if needed > len(nodes):
             problem = (
-                f"{_count(len(nodes), 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
+                f"{counted(len(nodes), 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
                 "(min_replies): no round could succeed; sample more nodes or lower min_replies"
             )
             if self._merged_rounds == 0:
@@ -341,31 +326,26 @@ class FedMerge(Strategy):
                 running=self._running_sum(server_round, spill),
             )
             for message in replies:
-                client_id = _client_of(message, askers)
+                client_id = client_of(message, askers)
                 kept = self._take_in(collected, client_id, message, arrays_too=spill is None)
                 if kept is not None:
                     contents[client_id] = kept
                 del message  # or it would stay until the next one is there
             model, report = collected.merge()
             del collected  # and with it the updates
-        self._log(report.refused, len(report.accepted), "train")
+        log_refused(report.refused, len(report.accepted), "train")
         metrics = None
         if model is None:
             self._failures.append(f"round {server_round}: {report.failure}")
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
-            if self._stand_in is not None:
-                self._stand_in.clear()
-            self._model, self._record = model, to_record(model.tensors(), encoded=model.encoded)
-            self._wire_record = (
-                self._record if self.wire_dtype is None else to_record(model.sent, encoded=model.encoded)
-            )
+            self._carried.follow(model)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
-            metrics = self._metrics(self.train_metrics_aggr_fn, contents, accepted)
+            metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
         for watcher in self._watchers():
             watcher.round_ended(report, self.model)
-        return (None, None) if model is None else (self._record, metrics)
+        return (None, None) if model is None else (self._carried.record, metrics)
 
     def _take_in(
         self, collected: Round, client_id: str, message: Message, *, arrays_too: bool = True
@@ -373,35 +353,18 @@ class FedMerge(Strategy):
         """Offer a reply to the round; gives what the round's metrics are made of, None if it was refused."""
         started = time.perf_counter()
         if message.has_error():
-            refusal: Refusal | None = collected.refuse(client_id, f"client error: {_last_line(message.error.reason)}")
+            refusal: Refusal | None = collected.refuse(client_id, f"client error: {last_line(message.error.reason)}")
         else:
-            refusal = collected.offer(client_id, lambda: self._read_update(client_id, message.content))
+            refusal = collected.offer(
+                client_id, lambda: read_update(client_id, message.content, self.weighted_by_key, self.max_num_examples)
+            )
         for watcher in self._watchers():
             watcher.replied(collected.number, client_id, refusal, time.perf_counter() - started)
         if refusal is not None:
             return None
         if self.train_metrics_aggr_fn is None:  # nobody will ask
             return RecordDict()
-        if arrays_too:
-            return message.content
-        # Not by `content.array_records`: it makes the content refer to itself, and its bytes wait for the collector.
-        return RecordDict({key: each for key, each in message.content.items() if not isinstance(each, ArrayRecord)})
-
-    def _read_update(self, client_id: str, content: RecordDict) -> Update:
-        num_examples, metrics = self._read_metrics(content)
-        records = [record for record in content.values() if isinstance(record, ArrayRecord)]
-        if len(records) != 1:
-            raise DecodeError(f"{len(records)} ArrayRecords, wanted one")
-        return Update(client_id, num_examples, RecordSource(records[0]), metrics)
-
-    def _read_metrics(self, content: RecordDict) -> tuple[float, dict[str, Any]]:
-        records = [record for record in content.values() if isinstance(record, MetricRecord)]
-        if len(records) != 1:
-            raise DecodeError(f"{len(records)} MetricRecords, wanted one")
-        if self.weighted_by_key not in records[0]:
-            raise WeightError(f"the MetricRecord has no '{self.weighted_by_key}' (it has: {', '.join(records[0])})")
-        num_examples = check_num_examples(records[0][self.weighted_by_key], self.max_num_examples)
-        return num_examples, {key: value for key, value in records[0].items() if key != self.weighted_by_key}
+        return message.content if arrays_too else without_arrays(message.content)
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -423,33 +386,20 @@ class FedMerge(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The metrics of the usable replies, averaged; None if there are none."""
-        contents: dict[str, RecordDict] = {}
-        reports: dict[str, tuple[float, Mapping[str, Any]]] = {}
-        refused: dict[str, Refusal] = {}
-        asked = [str(about.dst_node_id) for about in self._asked]
         askers = self._asked_by_id()
+        asked = [str(about.dst_node_id) for about in self._asked]
+        found = Evaluations(asked, self.weighted_by_key, self.max_num_examples)
         for message in replies:
-            client_id = _client_of(message, askers)
-            if client_id in reports or client_id in refused:
-                logger.warning("\trefused: client '%s': evaluated twice; the first reply counts", client_id)
-                continue
-            try:
-                if client_id not in asked:
-                    raise DecodeError("was not asked to evaluate")
-                if message.has_error():
-                    raise DecodeError(f"client error: {_last_line(message.error.reason)}")
-                reports[client_id] = self._read_metrics(message.content)
-                contents[client_id] = message.content
-            except UpdateError as error:
-                refused[client_id] = Refusal(client_id, one_line(error.problem), error.tensor)
-        for client_id in asked:
-            if client_id not in reports and client_id not in refused:
-                refused[client_id] = Refusal(client_id, "no reply before the deadline")
+            found.take_in(client_of(message, askers), message)
         if not asked:
             return None
-        self._log(tuple(refused.values()), len(reports), "evaluate")
-        metrics = self._metrics(self.evaluate_metrics_aggr_fn, contents, reports) if reports else None
-        evaluation = Evaluation(server_round, reports, tuple(refused.values()), dict(metrics or {}))
+        found.end()
+        refused = tuple(found.refused.values())
+        log_refused(refused, len(found.reports), "evaluate")
+        metrics = None
+        if found.reports:
+            metrics = metrics_of(self.evaluate_metrics_aggr_fn, found.contents, found.reports, self.weighted_by_key)
+        evaluation = Evaluation(server_round, found.reports, refused, dict(metrics or {}))
         for watcher in self._watchers():
             watcher.clients_evaluated(evaluation)
         return metrics
@@ -457,38 +407,21 @@ class FedMerge(Strategy):
     # --- shared ----------------------------------------------------------------------------------------------------
 
     def _sample(self, grid: Grid, server_round: int, phase: str, fraction: float, at_least: int) -> list[int]:
-        """Nodes for one phase of one round: a function of the seed, the round and who is connected."""
-        deadline = time.monotonic() + self.node_timeout
-        told = 0.0
-        while True:
-            connected = sorted(grid.get_node_ids())
-            size = max(int(len(connected) * fraction), at_least)
-            wanted = max(self.min_available_nodes, size)
-            if len(connected) >= wanted:
-                break
-            if getattr(grid, "nodes_are_fixed", False):
-                raise RecipeError(
-                    f"{_count(len(connected), 'client is', 'clients are')} simulated, the strategy wants at least "
-                    f"{wanted} (min_available_nodes, min_{phase}_nodes): simulate more, or lower these"
-                )
-            if time.monotonic() >= deadline:
-                raise RunFailedError(
-                    f"{_count(len(connected), 'node', 'nodes')} connected in {self.node_timeout:g} s "
-                    f"(node_timeout), wanted {wanted}"
-                )
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                logger.info("waiting for nodes: %d connected, %d wanted", len(connected), wanted)
-            time.sleep(0.5)
-        chosen = random.Random(f"{self.seed}/{server_round}/{phase}").sample(connected, size)
-        logger.info("configure_%s: sampled %d nodes of %d", phase, len(chosen), len(connected))
-        return sorted(chosen)
+        return sample(
+            grid,
+            f"{self.seed}/{server_round}/{phase}",
+            fraction,
+            at_least=at_least,
+            at_least_connected=self.min_available_nodes,
+            phase=phase,
+            seconds=self.node_timeout,
+        )
 
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         settings = config.copy()
         settings["server-round"] = server_round
-        assert self._wire_record is not None
-        content = RecordDict({self.arrayrecord_key: self._wire_record, self.configrecord_key: settings})
+        assert self._carried.wire_record is not None
+        content = RecordDict({self.arrayrecord_key: self._carried.wire_record, self.configrecord_key: settings})
         messages = [
             Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
         ]
@@ -498,47 +431,3 @@ class FedMerge(Strategy):
     def _asked_by_id(self) -> dict[str, str]:
         """Node ids by the ids of the requests; empty if the messages have not been sent through a Grid."""
         return {about.message_id: str(about.dst_node_id) for about in self._asked if about.message_id}
-
-    def _metrics(
-        self,
-        function: MetricsFunction | None,
-        contents: Mapping[str, RecordDict],
-        reports: Mapping[str, tuple[float, Mapping[str, Any]]],
-    ) -> MetricRecord | None:
-        """The round's metrics, clients in their order; None if the user's function cannot cope with what they sent."""
-        clients = sorted(reports, key=client_order)
-        if function is None:
-            return MetricRecord(cast("dict[str, Any]", average_metrics({key: reports[key] for key in clients})))
-        try:
-            return function([contents[key] for key in clients], self.weighted_by_key)
-        except Exception:
-            logger.exception("%r failed: there are no metrics of this round", function)
-            return None
-
-    def _log(self, refused: Sequence[Refusal], usable: int, phase: str) -> None:
-        logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
-        for refusal in refused:
-            logger.warning("\trefused: %s", refusal)
-
-
-def _client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:
-    """Who a reply is from: the node that its request went to, whatever it says of itself.
-
-    A reply to no request of this phase is nobody's that was asked, whatever its signature. Only where nothing was sent
-    through a Grid (replies made by hand) does the signature count.
-    """
-    about = reply.metadata
-    if about.reply_to_message_id in asked_by_id:
-        return asked_by_id[about.reply_to_message_id]
-    signature = str(about.src_node_id)
-    return f"{signature} (by its own account)" if signature in asked_by_id.values() else signature
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _last_line(reason: str | None) -> str:
-    """The end of a traceback, which is where it says what happened."""
-    lines = [line for line in (reason or "").split("\n") if line.strip()]
-    return one_line(lines[-1]) if lines else "no reason given"

@@ -14,6 +14,7 @@ from fl_merge.store.format import (
     SINGLE_FILE,
     check_storable,
     claim,
+    fill,
     layout,
     write_text,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "SafetensorsSource",
     "check_storable",
     "claim",
+    "fill",
     "layout",
     "load",
     "lock_folder",

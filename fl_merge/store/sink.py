@@ -4,6 +4,9 @@ Each file is written under a temporary name and renamed when it is whole, the in
 was there before or the new one, whole. A writer holds the folder's lock; another that comes meanwhile is refused. What
 a killed writer left is removed by the next one: temporary files by their names, shards by the notes that the dead one
 made of what it was about to rename (`new`) and to remove (`old`). No other file is ever touched.
+
+That holds when the writer is killed, not when the power fails: nothing waits for the disk (there is no fsync), and what
+a system that goes down had not yet written out is lost, names and bytes in any order.
 """
 
 from __future__ import annotations
@@ -47,6 +50,8 @@ _ADVICE = {
 
 class SafetensorsSink:
     """Writes a folder that Hugging Face libraries read: model.safetensors, or shards of a given size and their index.
+
+    All or nothing against a process that is killed, not against a loss of power: there is no fsync.
 
     Args:
         folder: made if it is not there; a model of the same names in it is replaced when the new one is whole.
@@ -138,9 +143,9 @@ class SafetensorsSink:
             shard.close()
         index = self._folder / INDEX_FILE
         new = {shard.final.name for shard in self._shards}
-        there = {path.name for path in self._folder.iterdir()}
-        old = ({SINGLE_FILE, *_indexed(index)} - new) & there
         try:
+            there = {path.name for path in self._folder.iterdir()}
+            old = ({SINGLE_FILE, *_indexed(index)} - new) & there
             notes = [f"new {name}" for name in sorted(new - there)] + [f"old {name}" for name in sorted(old)]
             self._lock.rewrite(notes)
             for shard in self._shards:

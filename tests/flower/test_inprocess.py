@@ -15,7 +15,7 @@ import toy_clients
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fl_merge.errors import RecipeError
-from fl_merge.flower import inprocess
+from fl_merge.flower import feeding
 from fl_merge.flower._flwr import ErrorCode
 from fl_merge.flower.inprocess import InProcessGrid, Replied, Sent
 
@@ -336,8 +336,8 @@ def test_auto_stays_in_this_process_for_short_work():
 
 @pytest.mark.parametrize(("reference", "nodes"), [(REF, 60), ("toy_clients:none", 12)])
 def test_auto_goes_over_to_workers_for_long_work_if_they_can_load_it(monkeypatch, reference, nodes):
-    monkeypatch.setattr(inprocess, "START_SECONDS", 0.2)
-    monkeypatch.setattr(inprocess, "_num_cores", lambda: 2)
+    monkeypatch.setattr(feeding, "START_SECONDS", 0.2)
+    monkeypatch.setattr(feeding, "_num_cores", lambda: 2)
     content = RecordDict({"config": ConfigRecord({"seconds": 0.1})})
     with InProcessGrid(toy_clients.app, nodes, client_app_ref=reference) as grid:
         replies = ask(grid, "query.where", lambda: content)

@@ -264,6 +264,27 @@ def test_a_reply_that_comes_late_within_the_time_is_taken() -> None:
     assert time.monotonic() - started < 3.0
 
 
+def test_silent_clients_do_not_keep_the_others_from_being_looked_at(monkeypatch) -> None:
+    """All are looked at before any is looked at again, however many have not answered."""
+    monkeypatch.setattr("fl_merge.flower.replies._LONGEST_WAIT", 0.1)
+    looks: list[int] = []
+
+    class Silent(RemoteGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            (message_id,) = message_ids
+            number = int(message_id.split()[-1])
+            looks.append(number)
+            time.sleep(0.02)
+            return super().pull_messages([message_id]) if number == 39 else []
+
+    grid = Silent(range(1, 41), lambda message: trained(message, 1.0))
+    sent = [Message(RecordDict(), dst_node_id=node, message_type="train", group_id="1") for node in grid.nodes]
+    replies = RepliesAsTheyCome(grid).send_and_receive(sent, timeout=20.0)
+    assert next(iter(replies)).metadata.reply_to_message_id == "request 1 39"
+    assert sorted(looks[:40]) == list(range(40))
+    replies.close()
+
+
 @pytest.mark.parametrize(("spill_above", "wanted"), [(0, 1), (None, 2)])
 def test_at_most_two_messages_are_in_memory_and_one_where_updates_go_to_disk(
     spill_above: int | None, wanted: int

@@ -1,0 +1,77 @@
+"""Which nodes are asked: waiting for enough of them, and drawing among them."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+
+from fl_merge.errors import MergeError, RecipeError
+
+logger = logging.getLogger("flwr")
+
+
+class RunFailedError(MergeError, AggregationError):
+    """A run that made no model, or never found enough nodes to begin; Flower ends it as failed."""
+
+
+def sample(
+    grid: Grid,
+    draw: str,
+    fraction: float,
+    *,
+    at_least: int,
+    at_least_connected: int,
+    phase: str,
+    seconds: float,
+) -> list[int]:
+    """Nodes for one phase of one round: a function of `draw` and of who is connected.
+
+    Args:
+        grid: that knows who is connected.
+        draw: what seeds the draw.
+        fraction: of the connected nodes that are sampled.
+        at_least: so many are sampled at least.
+        at_least_connected: and so many are waited for.
+        phase: "train" or "evaluate", for messages.
+        seconds: how long enough nodes are waited for.
+
+    Returns:
+        Node ids, ascending.
+
+    Raises:
+        RunFailedError: if there are too few when the time is up.
+        RecipeError: if there are too few and no more can come.
+    """
+    deadline = time.monotonic() + seconds
+    told = 0.0
+    while True:
+        connected = sorted(grid.get_node_ids())
+        size = max(int(len(connected) * fraction), at_least)
+        wanted = max(at_least_connected, size)
+        if len(connected) >= wanted:
+            break
+        if getattr(grid, "nodes_are_fixed", False):
+            raise RecipeError(
+                f"{counted(len(connected), 'client is', 'clients are')} simulated, the strategy wants at least "
+                f"{wanted} (min_available_nodes, min_{phase}_nodes): simulate more, or lower these"
+            )
+        if time.monotonic() >= deadline:
+            raise RunFailedError(
+                f"{counted(len(connected), 'node', 'nodes')} connected in {seconds:g} s (node_timeout), wanted {wanted}"
+            )
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            logger.info("waiting for nodes: %d connected, %d wanted", len(connected), wanted)
+        time.sleep(0.5)
+    chosen = random.Random(draw).sample(connected, size)
+    logger.info("configure_%s: sampled %d nodes of %d", phase, len(chosen), len(connected))
+    return sorted(chosen)
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many}"
