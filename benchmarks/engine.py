@@ -282,7 +282,9 @@ def main() -> None:
     except KeyboardInterrupt:
         tell("stopped")
         sys.exit(130)
-    where = "at the sizes of --full" if arguments.full else "at the sizes of this run (the issue's are those of --full)"
+    where = (
+        "at the sizes of --full" if arguments.full else "at the sizes of this run (they are meant for those of --full)"
+    )
     if limits:
         report.table(targets.sheet(limits, where))
     report.save()

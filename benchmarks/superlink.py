@@ -3,8 +3,8 @@
     python benchmarks/superlink.py [--megabytes 100] [--nodes 8] [--rounds 1]
 
 SuperLink, SuperNodes and apps are processes of their own on the loopback interface. Each node answers each round with
-a float32 model of its own, so a round has as many replies as there are nodes; the issue's two SuperNodes and eight
-replies are `--nodes 2 --rounds 4`, where a round has two. The ServerApp measures itself: its anonymous memory every
+a float32 model of its own, so a round has as many replies as there are nodes; eight replies from two SuperNodes are
+`--nodes 2 --rounds 4`, where a round has two. The ServerApp measures itself: its anonymous memory every
 5 ms, above what it had before it made the initial model, and the system's own peak of everything resident, mapped files
 included (VmHWM). No process is left behind, whether this ends by itself or by Ctrl-C.
 """

@@ -88,11 +88,11 @@ def server(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
             strategy: Strategy = FedMerge("weighted_average", **options)
         else:
             strategy = FedAvg(**options)
-        initial = to_record(base)
+        initial = [to_record(base)]  # given away, as a ServerApp does: who keeps it has one model more
 
         def work() -> object:
-            result = strategy.start(Replies(), initial, num_rounds=job["rounds"])
-            if result.arrays is None or result.arrays is initial:
+            result = strategy.start(Replies(), initial.pop(), num_rounds=job["rounds"])
+            if not result.arrays or not result.train_metrics_clientapp:
                 raise RuntimeError("no round made a model")
             return result
 

@@ -192,7 +192,7 @@ def test_peers_are_compared_with_the_row_that_does_the_same(tmp_path):
 
 def test_repetitions_become_medians_and_the_first_ones_memory():
     runs = [Run(3.0, 5.0, 70, {}), Run(1.0, 4.0, 90, {}), Run(2.0, 6.0, 80, {"bytes": 1})]
-    assert Measured.of(runs) == Measured(2.0, 5.0, 1.0, 1.0, 70, 3, {"bytes": 1})
+    assert Measured.of(runs) == Measured(1.5, 5.0, 1.0, 2 / 3, 70, 2, {"bytes": 1})
 
 
 @pytest.mark.parametrize(
