@@ -14,6 +14,8 @@ A message says where, what was found and what was wanted.
 
 from __future__ import annotations
 
+import math
+
 
 def one_line(text: str, limit: int = 300) -> str:
     """Text from elsewhere, fit for a log: one line, nothing unprintable, not endless."""
@@ -31,6 +33,21 @@ class RecipeError(FlMergeError, ValueError):
 
 class MergeError(FlMergeError):
     """A merge that cannot give a model."""
+
+    @classmethod
+    def of_value(cls, tensor: str, largest: float, dtype: str) -> MergeError:
+        """A merged value has no place in the dtype in which it is written.
+
+        Args:
+            tensor: its name.
+            largest: the largest magnitude among the values; NaN counts as infinite.
+            dtype: as torch names it.
+        """
+        magnitude = math.inf if math.isnan(largest) else largest
+        return cls(
+            f"tensor '{tensor}': a merged value of magnitude {magnitude:g} does not fit "
+            f"{dtype.removeprefix('torch.')}; lower the method's scale"
+        )
 
 
 class UpdateError(FlMergeError):

@@ -22,6 +22,7 @@ from fl_merge import kernels
 from fl_merge.errors import MergeError
 from fl_merge.fill import Filler, Fillers
 from fl_merge.ops.gram import BLOCK
+from fl_merge.reading import pieces
 from fl_merge.shapes import Copy
 from fl_merge.types import (
     BASE,
@@ -218,29 +219,28 @@ class _Run:
 
     def begin(self, output: Output) -> None:
         """Start the work on an output. What has to be known of a large one before is worked out by all threads."""
-        dtype, step = self._written[output.name].dtype, self._fillers.step(output)
-        numel = output.spec.numel
-        pieces = [(start, min(start + step, numel)) for start in range(0, max(numel, 1), step)]
-        if len(pieces) == 1:
+        dtype = self._written[output.name].dtype
+        slices = pieces(output.spec.numel, self._fillers.step(output))
+        if len(slices) == 1:
 
             def whole() -> None:
                 filler = self._fillers.prepare(output, dtype, map)
-                self._fill(filler, output, *pieces[0])
+                self._fill(filler, output, *slices[0])
                 for piece in filler.again():
                     self._fill(filler, output, *piece, again=True)
                 self._done(output)
 
             self._jobs.append(self._pool.submit(whole))
             return
-        self._fill_all(self._fillers.prepare(output, dtype, self._pool.map), output, pieces)
+        self._fill_all(self._fillers.prepare(output, dtype, self._pool.map), output, slices)
 
     def wait(self, left: int = 0) -> None:
         """Until so few jobs are left: what waits holds what it was prepared with. A job may start others as it ends."""
         while len(self._jobs) > left:
             self._jobs.popleft().result()
 
-    def _fill_all(self, filler: Filler, output: Output, pieces: list[tuple[int, int]], *, again: bool = False) -> None:
-        unfinished = len(pieces)
+    def _fill_all(self, filler: Filler, output: Output, slices: list[tuple[int, int]], *, again: bool = False) -> None:
+        unfinished = len(slices)
 
         def fill(start: int, stop: int) -> None:
             nonlocal unfinished
@@ -254,7 +254,7 @@ class _Run:
                 else:
                     self._done(output)
 
-        for start, stop in pieces:
+        for start, stop in slices:
             self._jobs.append(self._pool.submit(fill, start, stop))
 
     def _fill(self, filler: Filler, output: Output, start: int, stop: int, *, again: bool = False) -> None:

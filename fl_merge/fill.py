@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_merge.cutoffs import Part, largest_cutoffs
+from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Draws, Inputs
 from fl_merge.ops.gram import GramSum
@@ -25,7 +25,6 @@ from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, WeightedSum, 
 from fl_merge.stages import KeepLargest, KeepRandom, Stages
 from fl_merge.types import Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
 
-Mapped = Callable[..., Iterable[Any]]
 Values = Callable[[int, int], Tensor]
 """From the first and last-plus-one element of a slice to its merged values."""
 
@@ -68,11 +67,7 @@ class Filler:
         raise NotImplementedError
 
     def _refuse(self, largest: float) -> MergeError:
-        magnitude = math.inf if math.isnan(largest) else largest
-        return MergeError(
-            f"tensor '{self._output.name}': a merged value of magnitude {magnitude:g} does not fit "
-            f"{str(self._dtype).removeprefix('torch.')}; lower the method's scale"
-        )
+        return MergeError.of_value(self._output.name, largest, str(self._dtype))
 
     def _require(self, bits: int) -> None:
         """Refuse a largest magnitude, given as the bits of float32, that is infinite in the output's dtype."""
@@ -137,7 +132,6 @@ class CompiledStages(Filler):
         self._native = native
         self._counting = threading.Lock()
         self._tally = 0
-        self._minus = False
         self._draws: dict[tuple[int, int], Draws] = {}
         prune = stages.prune
         self._arguments: dict[str, Any] = {

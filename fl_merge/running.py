@@ -255,7 +255,7 @@ class RunningSum:
                     exact_S = add_quotient(base_S[piece].double(), high_S[piece], low_S[piece], total)
                     values_S = exact_S.to(dtype)
                     if not values_S.abs().amax().isfinite():
-                        raise _unfit(name, exact_S, dtype)
+                        raise MergeError.of_value(name, float(exact_S.abs().amax()), str(dtype))
                     for each in names[name]:
                         sink.write(each, piece.start, values_S)
 
@@ -277,15 +277,6 @@ class RunningSum:
             raise
         written = sum(spec.nbytes for spec in specs.values())
         return MergeReport(clients, shares, len(specs), self._bytes_read, written, time.perf_counter() - self._started)
-
-
-def _unfit(name: str, values_S: Tensor, dtype: torch.dtype) -> MergeError:
-    largest = float(values_S.abs().amax())
-    magnitude = math.inf if math.isnan(largest) else largest
-    return MergeError(
-        f"tensor '{name}': a merged value of magnitude {magnitude:g} does not fit "
-        f"{str(dtype).removeprefix('torch.')}; lower the method's scale"
-    )
 
 
 def _scratch(path: Path, name: str, spec: TensorSpec) -> Tensor:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "hyperparameters": {"errors"},
     "method": {"hyperparameters", "types", "errors"},
     "methods": {"hyperparameters", "method", "stages", "shapes", "ops", "types", "errors"},
-    "execute": {"fill", "shapes", "kernels", "ops.gram", "types", "errors"},
+    "execute": {"fill", "reading", "shapes", "kernels", "ops.gram", "types", "errors"},
     "store": {"types", "errors"},
     "spill": {"store", "types", "errors"},
     "check": {"kernels", "types", "errors"},
