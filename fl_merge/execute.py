@@ -149,13 +149,17 @@ def _specs_read(outputs: Sequence[Output], cohort: Cohort) -> list[TensorSpec]:
     Raises:
         MergeError: if it reads what is not there, or what does not fit the output that it is for.
     """
-    sources = {BASE: cohort.base.specs()} | {at: update.tensors.specs() for at, update in enumerate(cohort.updates)}
+    sources: dict[tuple[int, str], Mapping[str, TensorSpec]] = {(BASE, "tensors"): cohort.base.specs()}
+    for at, update in enumerate(cohort.updates):
+        sources[at, "tensors"] = update.tensors.specs()
+        sources[at, "statistics"] = update.statistics.specs() if update.statistics is not None else {}
     found: dict[Read, TensorSpec] = {}
     for output in outputs:
         for read in output.reads:
-            if read.source not in sources or read.name not in sources[read.source]:
+            where = (read.source, read.of)
+            if where not in sources or read.name not in sources[where]:
                 raise MergeError(f"tensor '{output.name}' is planned from {_named(read, cohort)}, which is not there")
-            found[read] = sources[read.source][read.name]
+            found[read] = sources[where][read.name]
         if isinstance(output.compute, Whole | Copy):
             continue
         if BASE not in {read.source for read in output.reads}:

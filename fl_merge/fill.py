@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -201,9 +202,15 @@ class Fillers:
         self._piece = piece
         self._device = device
         self._kernels = kernels
-        self._weights_N = torch.tensor(spec.weights_N, dtype=torch.float64)
         self._model_surveys: dict[tuple[int, Scope], Tensor] = {}
         self._model_sums: dict[tuple[int, Scope], WeightedSum] = {}
+
+    def _weights_N(self, output: Output) -> Tensor:
+        shares_N = self._spec.weights_N if output.weights_N is None else output.weights_N
+        return torch.tensor(shares_N, dtype=torch.float64)
+
+    def _spec_for(self, output: Output) -> CohortSpec:
+        return self._spec if output.weights_N is None else replace(self._spec, weights_N=output.weights_N)
 
     def step(self, output: Output) -> int:
         """How many elements of an output are filled at a time."""
@@ -255,19 +262,22 @@ class Fillers:
     def _matrix(self, compute: Matrix, output: Output, versions: Versions) -> Values:
         rows = output.spec.shape[0]
         deltas_NRC = versions.deltas(0, versions.numel).reshape(len(self._spec.client_ids), rows, -1)
-        merged_S = versions.base(0, versions.numel) + compute.merge(deltas_NRC, self._weights_N).reshape(-1)
+        merged_S = versions.base(0, versions.numel) + compute.merge(deltas_NRC, self._weights_N(output)).reshape(-1)
         return lambda start, stop: merged_S[start:stop]
 
     def _span_sum(self, compute: Span, output: Output, versions: Versions, mapped: Mapped) -> WeightedSum:
         if compute.scope == "model" and output.scope is not None:
             return self._model_sums[id(compute), output.scope]
-        return self._measured(compute, [(versions, *at) for at in pieces(versions.numel, self._step)], mapped)
+        work = [(versions, *at) for at in pieces(versions.numel, self._step)]
+        return self._measured(compute, self._spec_for(output), work, mapped)
 
-    def _measured(self, compute: Span, work: list[tuple[Versions, int, int]], mapped: Mapped) -> WeightedSum:
+    def _measured(
+        self, compute: Span, spec: CohortSpec, work: list[tuple[Versions, int, int]], mapped: Mapped
+    ) -> WeightedSum:
         gram = GramSum(len(self._spec.client_ids))
         for partials in mapped(lambda at: at[0].gram_partials(compute.on, at[1], at[2]), work):
             gram.add(partials)
-        return compute.fixed(self._spec, gram.total())
+        return compute.fixed(spec, gram.total())
 
     def _coordinate(
         self, compute: Coordinate, output: Output, dtype: torch.dtype, versions: Versions, mapped: Mapped
@@ -282,21 +292,27 @@ class Fillers:
         if versions.native is not None and isinstance(compute.stages, Stages):
             return self._stages(compute.stages, output, dtype, versions.native, survey_NK, scope_start)
 
+        spec, weights_N = self._spec_for(output), self._weights_N(output)
+        joint_K = torch.empty(0, dtype=torch.float64)
+        if compute.joint is not None:
+            joint_K = compute.joint(versions.deltas(0, versions.numel), weights_N)
+
         def at(start: int, stop: int, count: Callable[[], int] | None) -> Slice:
-            return Slice(output.name, start, stop, scope_start + start, self._spec, survey_NK, count, self._device)
+            place = (output.name, start, stop, scope_start + start)
+            return Slice(*place, spec, survey_NK, count, self._device, joint_K)
 
         def count_votes() -> int:
             tally, votes = compute.tally, 0
             if tally is not None:
                 for start, stop in pieces(versions.numel, self._step):
-                    vote_S = tally(versions.deltas(start, stop), self._weights_N, at(start, stop, None))
+                    vote_S = tally(versions.deltas(start, stop), weights_N, at(start, stop, None))
                     votes += int(vote_S.sum(dtype=torch.float64))
             return votes
 
         votes = _Once(count_votes)
 
         def merged(start: int, stop: int) -> Tensor:
-            delta_S = compute.combine(versions.deltas(start, stop), self._weights_N, at(start, stop, votes))
+            delta_S = compute.combine(versions.deltas(start, stop), weights_N, at(start, stop, votes))
             return versions.base(start, stop) + delta_S
 
         return Defined(output, dtype, merged, self._step)
@@ -309,7 +325,7 @@ class Fillers:
             cutoffs_N2 = _rounded(survey_NK - torch.tensor([0.0, scope_start], dtype=torch.float64))
         if isinstance(stages.prune, KeepRandom):
             keys_N = draw_keys(self._spec, output.name)
-        return CompiledStages(output, dtype, native, stages, self._weights_N, cutoffs_N2, keys_N)
+        return CompiledStages(output, dtype, native, stages, self._weights_N(output), cutoffs_N2, keys_N)
 
     def _survey(self, compute: Coordinate, scope: list[Versions], mapped: Mapped) -> Tensor:
         """(N, K): what the survey says of each client's delta of the tensors in scope."""
@@ -345,7 +361,7 @@ class Fillers:
                 self._model_surveys[key, scope] = self._survey(compute, in_order, mapped)
             elif isinstance(compute, Span):
                 work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
-                self._model_sums[key, scope] = self._measured(compute, work, mapped)
+                self._model_sums[key, scope] = self._measured(compute, self._spec_for(members[0]), work, mapped)
 
 
 def _rounded(cutoffs_N2: Tensor) -> Tensor:

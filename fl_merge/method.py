@@ -50,12 +50,21 @@ class MethodEntry:
         factory: from keyword arguments to a `Method`.
         paper: author, year and where.
         identity: settings under which a single client's model comes back unchanged; None if there are none.
+        base: whether the result depends on the base, and not on the clients' weights alone.
+        sends: what clients must send beyond their models ("fisher", "gram", "steps"); empty for a data-free method.
+        additive: whether the result is a function of sums over the clients (of what each sends), so that it can be
+            had from secure aggregation.
+        passes: how often each client's model is read.
     """
 
     name: str
     factory: Callable[..., Method]
     paper: str
     identity: Mapping[str, Any] | None
+    base: bool = True
+    sends: tuple[str, ...] = ()
+    additive: bool = False
+    passes: str = ""
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -104,7 +113,13 @@ METHODS = Registry()
 
 
 def merge_method(
-    *, paper: str, identity: Mapping[str, Any] | None = types.MappingProxyType({})
+    *,
+    paper: str,
+    identity: Mapping[str, Any] | None = types.MappingProxyType({}),
+    base: bool = True,
+    sends: Sequence[str] = (),
+    additive: bool = False,
+    passes: str = "1",
 ) -> Callable[[Callable[P, MergeMethod]], Callable[P, Method]]:
     """Register a function as a merge method under its own name.
 
@@ -116,6 +131,7 @@ def merge_method(
         paper: where the method comes from.
         identity: settings under which one client's model comes back unchanged (such as density=1); None if no
             settings do so, which the docstring must then explain.
+        base, sends, additive, passes: what the table of methods says of it, see `MethodEntry`.
     """
 
     def register(factory: Callable[P, MergeMethod]) -> Callable[P, Method]:
@@ -129,7 +145,7 @@ def merge_method(
             shape = typing.cast("Callable[..., MergeMethod]", factory)(**settings)
             return Method(name, types.MappingProxyType(settings), shape)
 
-        METHODS.add(MethodEntry(name, build_method, paper, identity))
+        METHODS.add(MethodEntry(name, build_method, paper, identity, base, tuple(sends), additive, passes))
         return build_method
 
     return register

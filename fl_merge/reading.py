@@ -16,7 +16,7 @@ from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Inputs, readable
 from fl_merge.ops.combine import add_scaled_delta
 from fl_merge.ops.gram import BLOCK, gram_block, gram_partials
-from fl_merge.types import BASE, Cohort, Output, Read, compute_dtype
+from fl_merge.types import BASE, Cohort, Output, Read, TensorSource, compute_dtype
 
 
 class Versions:
@@ -102,8 +102,19 @@ def flat(cohort: Cohort, read: Read) -> Tensor:
 
 def shaped(cohort: Cohort, read: Read) -> Tensor:
     """The same in its shape."""
-    tensors = cohort.base if read.source == BASE else cohort.updates[read.source].tensors
-    return tensors.read(read.name)
+    return source_of(cohort, read).read(read.name)
+
+
+def source_of(cohort: Cohort, read: Read) -> TensorSource:
+    """Where a tensor is read from."""
+    if read.source == BASE:
+        return cohort.base
+    update = cohort.updates[read.source]
+    if read.of == "tensors":
+        return update.tensors
+    if update.statistics is None:
+        raise MergeError(f"'{read.name}' is planned from statistics of client '{update.client_id}', which sent none")
+    return update.statistics
 
 
 def serves(output: Output, device: torch.device) -> bool:

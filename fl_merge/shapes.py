@@ -37,6 +37,7 @@ class Slice:
         scope_start: the first element's place within the scope of the survey (the tensor, or the whole model).
         spec: the cohort.
         survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
+        joint_K: (K,) float64: what the joint survey of all deltas gave; (0,) where there is none.
         count: counts the method's `tally` over the whole tensor; None where there is none.
         device: where the deltas are.
     """
@@ -49,6 +50,7 @@ class Slice:
     survey_NK: Tensor
     count: Callable[[], int] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot be changed)
+    joint_K: Tensor = torch.empty(0, dtype=torch.float64)  # noqa: RUF009
 
     def index_S(self) -> Tensor:
         """(S,) int64: the place of each element within the survey's scope."""
@@ -134,6 +136,8 @@ class Coordinate:
         combine: from a slice of the deltas (N, S), the weights (N,) float64 and a `Slice` to the merged delta (S,).
             An element's result may depend on its own deltas, its index and the slice's survey, draws and tally only.
         survey: from one client's whole delta, flattened, to K float64 numbers (thresholds, norms).
+        joint: from all clients' whole deltas of a tensor, (N, S), and the weights (N,) float64, to K float64 numbers
+            that need all clients at once. Scope "tensor" only; the tensor's deltas are in memory while it runs.
         tally: elementwise like `combine`, giving whole numbers; their sum over the tensor is `Slice.tally`
             (a pass over the tensor, made only if it is asked for).
         scope: what the survey runs over: each tensor, or the whole model's delta as one vector (in order of name).
@@ -142,6 +146,7 @@ class Coordinate:
 
     combine: Callable[[Tensor, Tensor, Slice], Tensor]
     survey: Callable[[Tensor], Tensor] | None = None
+    joint: Callable[[Tensor, Tensor], Tensor] | None = None
     tally: Callable[[Tensor, Tensor, Slice], Tensor] | None = None
     scope: ScopeName = "tensor"
     stages: object | None = None

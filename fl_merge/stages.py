@@ -58,7 +58,7 @@ class Stages:
         """
         survey = self._cutoff if isinstance(self.prune, KeepLargest) else None
         tally = self._elected if self.election is not None else None
-        return Coordinate(self._combine, survey, tally, scope, self)
+        return Coordinate(self._combine, survey=survey, tally=tally, scope=scope, stages=self)
 
     def _pruned(self, deltas_NS: Tensor, at: Slice) -> Tensor:
         if isinstance(self.prune, KeepLargest):

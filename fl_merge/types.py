@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -126,12 +126,14 @@ class Update:
         num_examples: the client's weight before normalisation, > 0 and finite.
         tensors: its tensors, under the base's names.
         metrics: whatever numbers it reported beside them.
+        statistics: what a method asked for beyond the model (Gram matrices, Fisher information); None for nothing.
     """
 
     client_id: str
     num_examples: float
     tensors: TensorSource
     metrics: Mapping[str, float | int | list[float] | list[int]] = field(default_factory=dict)
+    statistics: TensorSource | None = None
 
 
 def client_order(client_id: str) -> tuple[int, int, str]:
@@ -151,6 +153,8 @@ class CohortSpec:
         weights_N: the clients' shares, summing to 1.
         seed: of the run.
         round: counted from 1; 0 outside a federation.
+        metrics_N: what each client reported; empty where nothing is known of it.
+        statistics: of those that every client sent, in one shape.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -158,12 +162,12 @@ class CohortSpec:
     weights_N: tuple[float, ...]
     seed: int = 0
     round: int = 0
+    metrics_N: tuple[Mapping[str, float | int | list[float] | list[int]], ...] = ()
+    statistics: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     def only(self, names: Sequence[str]) -> CohortSpec:
         """The same cohort with some of its tensors."""
-        return CohortSpec(
-            {name: self.tensors[name] for name in names}, self.client_ids, self.weights_N, self.seed, self.round
-        )
+        return replace(self, tensors={name: self.tensors[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -189,16 +193,33 @@ class Cohort:
         tied = self.base.aliases()
         tensors = {name: spec for name, spec in self.base.specs().items() if name not in tied}
         return CohortSpec(
-            tensors, tuple(update.client_id for update in self.updates), self.weights_N, self.seed, self.round
+            tensors,
+            tuple(update.client_id for update in self.updates),
+            self.weights_N,
+            self.seed,
+            self.round,
+            tuple(update.metrics for update in self.updates),
+            self._statistics(),
         )
+
+    def _statistics(self) -> dict[str, TensorSpec]:
+        sent = [update.statistics.specs() if update.statistics is not None else {} for update in self.updates]
+        first = sent[0] if sent else {}
+        return {name: spec for name, spec in first.items() if all(each.get(name) == spec for each in sent)}
 
 
 @dataclass(frozen=True)
 class Read:
-    """One tensor of one source: BASE, or a client's place in the cohort."""
+    """One tensor of one source: BASE, or a client's place in the cohort.
+
+    Args:
+        source, name: which.
+        of: "tensors" of the model, or the "statistics" that a client sent beside it.
+    """
 
     source: int
     name: str
+    of: Literal["tensors", "statistics"] = "tensors"
 
 
 @dataclass(frozen=True)
@@ -247,6 +268,7 @@ class Output:
         reads: what the computation needs, and nothing else.
         compute: how.
         scope: over which tensors statistics run; None for the tensor itself.
+        weights_N: the clients' shares for this output; None for the cohort's.
     """
 
     name: str
@@ -254,6 +276,7 @@ class Output:
     reads: tuple[Read, ...]
     compute: Compute
     scope: Scope | None = None
+    weights_N: tuple[float, ...] | None = None
 
 
 class MergeMethod(Protocol):
