@@ -24,7 +24,7 @@ from fl_merge.ops.sparsify import keep_count
 from fl_merge.reading import Versions, flat, pieces, serves, shaped, whole_deltas
 from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, WeightedSum, draw_keys
 from fl_merge.stages import KeepLargest, KeepRandom, Stages
-from fl_merge.types import Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
+from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
 
 Values = Callable[[int, int], Tensor]
 """From the first and last-plus-one element of a slice to its merged values."""
@@ -206,11 +206,14 @@ class Fillers:
         self._model_sums: dict[tuple[int, Scope], WeightedSum] = {}
 
     def _weights_N(self, output: Output) -> Tensor:
-        shares_N = self._spec.weights_N if output.weights_N is None else output.weights_N
-        return torch.tensor(shares_N, dtype=torch.float64)
+        return torch.tensor(self._spec_for(output).weights_N, dtype=torch.float64)
 
     def _spec_for(self, output: Output) -> CohortSpec:
-        return self._spec if output.weights_N is None else replace(self._spec, weights_N=output.weights_N)
+        """The clients that an output is made of, in the order in which it reads them, and their shares in it."""
+        clients = tuple(read.source for read in output.reads if read.source != BASE)
+        everyone = clients == tuple(range(len(self._spec.client_ids)))
+        spec = self._spec if everyone else self._spec.of_clients(clients)
+        return spec if output.weights_N is None else replace(spec, weights_N=output.weights_N)
 
     def step(self, output: Output) -> int:
         """How many elements of an output are filled at a time."""
@@ -261,7 +264,7 @@ class Fillers:
 
     def _matrix(self, compute: Matrix, output: Output, versions: Versions) -> Values:
         rows = output.spec.shape[0]
-        deltas_NRC = versions.deltas(0, versions.numel).reshape(len(self._spec.client_ids), rows, -1)
+        deltas_NRC = versions.deltas(0, versions.numel).reshape(versions.clients, rows, -1)
         merged_S = versions.base(0, versions.numel) + compute.merge(deltas_NRC, self._weights_N(output)).reshape(-1)
         return lambda start, stop: merged_S[start:stop]
 
@@ -274,7 +277,7 @@ class Fillers:
     def _measured(
         self, compute: Span, spec: CohortSpec, work: list[tuple[Versions, int, int]], mapped: Mapped
     ) -> WeightedSum:
-        gram = GramSum(len(self._spec.client_ids))
+        gram = GramSum(len(spec.client_ids))
         for partials in mapped(lambda at: at[0].gram_partials(compute.on, at[1], at[2]), work):
             gram.add(partials)
         return compute.fixed(spec, gram.total())
@@ -283,7 +286,7 @@ class Fillers:
         self, compute: Coordinate, output: Output, dtype: torch.dtype, versions: Versions, mapped: Mapped
     ) -> Filler:
         scope_start = 0
-        survey_NK = torch.empty(len(self._spec.client_ids), 0, dtype=torch.float64)
+        survey_NK = torch.empty(versions.clients, 0, dtype=torch.float64)
         if compute.scope == "model" and output.scope is not None:
             scope_start = output.scope.offsets[output.name]
             survey_NK = self._model_surveys.get((id(compute), output.scope), survey_NK)
@@ -324,7 +327,7 @@ class Fillers:
         if isinstance(stages.prune, KeepLargest):
             cutoffs_N2 = _rounded(survey_NK - torch.tensor([0.0, scope_start], dtype=torch.float64))
         if isinstance(stages.prune, KeepRandom):
-            keys_N = draw_keys(self._spec, output.name)
+            keys_N = draw_keys(self._spec_for(output), output.name)
         return CompiledStages(output, dtype, native, stages, self._weights_N(output), cutoffs_N2, keys_N)
 
     def _survey(self, compute: Coordinate, scope: list[Versions], mapped: Mapped) -> Tensor:
@@ -343,9 +346,9 @@ class Fillers:
         survey = compute.survey
         assert survey is not None
         if len(scope) == 1:
-            clients = range(len(self._spec.client_ids))
+            clients = range(scope[0].clients)
             return torch.stack(list(mapped(lambda client: survey(scope[0].delta(client, 0, scope[0].numel)), clients)))
-        return torch.stack([survey(delta_S) for delta_S in whole_deltas(scope, len(self._spec.client_ids))])
+        return torch.stack([survey(delta_S) for delta_S in whole_deltas(scope, scope[0].clients)])
 
     def measure_models(self, outputs: Iterable[Output], mapped: Mapped) -> None:
         """Surveys and Gram matrices whose scope is the whole model, before any tensor is merged."""

@@ -38,6 +38,7 @@ class Versions:
         self.numel = output.spec.numel
         self._base_S = flat(cohort, next(read for read in output.reads if read.source == BASE))
         self._clients = [flat(cohort, read) for read in output.reads if read.source != BASE]
+        self.clients = len(self._clients)
         for tensor_S in (self._base_S, *self._clients):
             if tensor_S.numel() != self.numel:
                 raise MergeError(f"tensor '{output.name}': {tensor_S.numel()} elements were read, wanted {self.numel}")

@@ -169,6 +169,16 @@ class CohortSpec:
         """The same cohort with some of its tensors."""
         return replace(self, tensors={name: self.tensors[name] for name in names})
 
+    def of_clients(self, clients: Sequence[int]) -> CohortSpec:
+        """The same cohort with some of its clients, in that order, their shares summing to 1 again."""
+        total = math.fsum(self.weights_N[client] for client in clients) or 1.0
+        return replace(
+            self,
+            client_ids=tuple(self.client_ids[client] for client in clients),
+            weights_N=tuple(self.weights_N[client] / total for client in clients),
+            metrics_N=tuple(self.metrics_N[client] for client in clients) if self.metrics_N else (),
+        )
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -265,10 +275,10 @@ class Output:
 
     Args:
         name, spec: of the merged tensor.
-        reads: what the computation needs, and nothing else.
+        reads: what the computation needs, and nothing else: the base's tensor and those of all clients or of some.
         compute: how.
         scope: over which tensors statistics run; None for the tensor itself.
-        weights_N: the clients' shares for this output; None for the cohort's.
+        weights_N: the shares of the clients that are read, as they are; None for the cohort's.
     """
 
     name: str

@@ -2,11 +2,12 @@
 
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fl_merge import Coordinate, Matrix, MergeError, RecipeError, Span, kernels, merge, partition
+from fl_merge import Coordinate, Matrix, MergeError, RecipeError, Span, build, kernels, merge, partition
 from fl_merge.execute import execute, merged_specs
 from fl_merge.methods import slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.combine import weighted_sum
@@ -273,6 +274,37 @@ def test_float8_tensors_can_be_merged(dtype):
 
 
 # --- rules per name --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", ["weighted_average", "slerp", "ties", "dare_ties", "fedgma"])
+def test_an_output_of_some_clients_is_the_merge_of_these_in_their_order(name, compiled, monkeypatch, generator):
+    """Tensors of other names, two clients of three, and the last one first: what counts is what is read."""
+    monkeypatch.setattr(kernels, "after", lambda elements: kernels.load() if compiled else None)
+    models = [torch.randn(40, 10, generator=generator) for _ in range(4)]
+    some = Cohort(
+        MemorySource({"w": models[0]}),
+        tuple(Update(str(i), float(i + 1), MemorySource({"w": models[i + 1]})) for i in (0, 2)),
+    )
+    wanted, _ = run(build(name), some)
+    [planned] = build(name).plan(replace(some.spec(), client_ids=("2", "0"), weights_N=(0.75, 0.25)))
+    source = {-1: BASE, 0: 2, 1: 0}
+    reads = tuple(Read(source[read.source], f"{read.name}{max(source[read.source], -1) + 1}") for read in planned.reads)
+    everyone = Cohort(
+        MemorySource({"w0": models[0]}),
+        tuple(Update(str(i), 1.0, MemorySource({f"w{i + 1}": models[i + 1]})) for i in range(3)),
+    )
+    found, _ = run(Plan(replace(planned, reads=reads, weights_N=(0.75, 0.25))), everyone)
+    # The order in which clients are added changes a last bit.
+    torch.testing.assert_close(found["w"], wanted["w"], rtol=1e-6, atol=1e-6)
+
+
+def test_the_shares_of_some_clients_sum_to_one():
+    spec = CohortSpec({}, ("a", "b", "c"), (0.5, 0.2, 0.3), metrics_N=({"x": 1}, {"x": 2}, {"x": 3}))
+    some = spec.of_clients((2, 1))
+    assert some.client_ids == ("c", "b")
+    assert some.weights_N == pytest.approx((0.6, 0.4))
+    assert some.metrics_N == ({"x": 3}, {"x": 2})
 
 
 def test_partition_takes_the_first_rule_that_matches_and_keeps_the_bases_order():
