@@ -5,6 +5,7 @@ from fl_merge.errors import FlMergeError, MergeError, RecipeError, UpdateError
 from fl_merge.hyperparameters import in_range
 from fl_merge.merging import merge
 from fl_merge.method import METHODS, build, merge_method, partition
+from fl_merge.optimizers import adagrad, adam, momentum, server_optimizer, yogi
 from fl_merge.recipe import Recipe
 from fl_merge.shapes import Coordinate, Matrix, Slice, Span
 
@@ -21,10 +22,15 @@ __all__ = [
     "Slice",
     "Span",
     "UpdateError",
+    "adagrad",
+    "adam",
     "build",
     "in_range",
     "merge",
     "merge_method",
     "methods",
+    "momentum",
     "partition",
+    "server_optimizer",
+    "yogi",
 ]

@@ -13,6 +13,7 @@ from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
 from fl_merge.execute import execute
 from fl_merge.method import as_method
+from fl_merge.optimizers import ServerOptimized
 from fl_merge.store import MemorySink, MemorySource, tied_names
 from fl_merge.types import Cohort, MergeMethod, Update
 
@@ -47,6 +48,11 @@ def merge(
         MergeError: if the merge gives no model.
     """
     chosen = as_method(method)
+    if isinstance(chosen, ServerOptimized):
+        raise RecipeError(
+            f"merge: found {chosen}; a server optimizer steps from round to round, here is one merge: wanted its "
+            f"method alone, {chosen.method}"
+        )
     _require_tensors("base", base)
     by_id = dict(updates) if isinstance(updates, Mapping) else {str(i): update for i, update in enumerate(updates)}
     for client_id, tensors in by_id.items():

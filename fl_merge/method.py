@@ -238,9 +238,21 @@ def partition(rules: Sequence[tuple[str, MergeMethod]], otherwise: MergeMethod) 
         otherwise: the method of every tensor that no rule matches.
 
     Raises:
-        RecipeError: when planned, for a rule that gets no tensor.
+        RecipeError: for a method that acts on a whole round, or, when planned, for a rule that gets no tensor.
     """
+    for method in (otherwise, *(method for _, method in rules)):
+        require_inner("partition", method)
     return Partition(tuple(rules), otherwise)
+
+
+def require_inner(wrapper: str, method: MergeMethod) -> None:
+    """Refuse a method that acts on a whole round where a part of one is wanted.
+
+    Raises:
+        RecipeError: if the method says that it is to be outermost.
+    """
+    if getattr(method, "outermost", False):
+        raise RecipeError(f"{wrapper}: found {method}, which acts on the whole merged model; put it round {wrapper}")
 
 
 def _unmatched(glob: str, earlier: Sequence[tuple[str, MergeMethod]], names: list[str]) -> str:

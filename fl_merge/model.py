@@ -12,7 +12,7 @@ Suffix: S elements.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from fl_merge.codecs import DTYPES, blank
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.execute import MergeReport, execute, merged_specs
+from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
 
@@ -40,6 +41,8 @@ class GlobalModel:
         dtypes: the base's, in which the model is given out.
         tied: names that are another name's tensor (tied weights), and that name.
         encoded: the bytes of those tensors of `sent` and `kept` that were made as they travel.
+        optimizer_state: of the method's server optimizer, by name (`fl_merge.optimizers`). The next model takes it over
+            and changes it.
     """
 
     sent: Mapping[str, Tensor]
@@ -47,6 +50,7 @@ class GlobalModel:
     dtypes: Mapping[str, torch.dtype]
     tied: Mapping[str, str] = field(default_factory=dict)
     encoded: Encoded = field(default_factory=dict, repr=False)
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def initial(
@@ -149,7 +153,8 @@ class GlobalModel:
     ) -> tuple[GlobalModel, MergeReport]:
         """The next global model.
 
-        The merged delta is what the clients did to `sent`; it is added to the master.
+        The merged delta is what the clients did to `sent`; it is added to the master, or the method's server optimizer
+        steps from the master along it.
 
         Raises:
             MergeError: as `execute` and `of`.
@@ -157,26 +162,43 @@ class GlobalModel:
         sink = self.sink()
         cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         report = execute(method, cohort, sink, master=True)
-        return self.next(sink, wire=wire), report
+        return self.next(sink, wire=wire, optimized=optimizer_of(method)), report
 
     def sink(self) -> EncodedSink:
         """Where the model that comes after this one is merged to."""
         return EncodedSink({name: {self.dtypes[name], tensor.dtype} for name, tensor in self.sent.items()})
 
-    def next(self, merged: EncodedSink, *, wire: torch.dtype | None = None) -> GlobalModel:
+    def next(
+        self, merged: EncodedSink, *, wire: torch.dtype | None = None, optimized: ServerOptimized | None = None
+    ) -> GlobalModel:
         """The model after this one.
 
         Args:
             merged: what was made of `sent`; what stands in the master beyond that is added to it, in place.
             wire: as for `of`.
+            optimized: the method with its server optimizer, whose pseudo-gradient the merged delta then is.
 
         Raises:
             MergeError: as `of`.
         """
+        state: Mapping[str, Tensor] = {}
+        stepped: set[str] = set()
+        if optimized is not None:
+            own = {name: tensor for name, tensor in merged.tensors.items() if name not in self.tied}
+            stepped = {
+                name for name, tensor in own.items() if tensor.is_floating_point() and optimized.steps_along(name)
+            }
+            dtypes = {name: self.sent[name].dtype for name in stepped}
+            state = take_step(optimized, own, self.sent, self.master(), self.optimizer_state, dtypes)
+            for name, first in self.tied.items():
+                if first in stepped:
+                    merged.tensors[name].copy_(merged.tensors[first])
+                    stepped.add(name)
         for name, merged_tensor in merged.tensors.items():
-            if name in self.kept:
+            if name in self.kept and name not in stepped:
                 _add_difference(merged_tensor, self.kept[name], self.sent[name])
-        return GlobalModel.of(merged.tensors, wire=wire, dtypes=self.dtypes, tied=self.tied, encoded=merged.encoded)
+        model = GlobalModel.of(merged.tensors, wire=wire, dtypes=self.dtypes, tied=self.tied, encoded=merged.encoded)
+        return replace(model, optimizer_state=state)
 
 
 class EncodedSink(MemorySink):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
 from fl_merge.hyperparameters import nearest
 from fl_merge.method import METHODS, Method, Partition, build, partition
+from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
 from fl_merge.types import MergeMethod, TensorSpec
 
-_KEYS = ("merge_method", "parameters", "rules")
+_KEYS = ("merge_method", "parameters", "rules", "server_optimizer")
 _RULE_KEYS = ("match", "merge_method", "parameters")
 
 
@@ -46,11 +47,13 @@ class Recipe:
         merge_method: a registered name, or "module:function".
         parameters: its settings; the rest take their defaults.
         rules: other methods for some tensors; the first match wins.
+        server_optimizer: `name`, its settings, and `skip`; empty for none.
     """
 
     merge_method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[Rule] = ()
+    server_optimizer: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, base: Mapping[str, TensorSpec] | None = None) -> MergeMethod:
         """The method that the recipe describes.
@@ -71,6 +74,10 @@ class Recipe:
                 except RecipeError as error:
                     raise RecipeError(f"rule {number} ('{rule.match}'): {error}") from None
             method = partition(rules, otherwise=method)
+        if self.server_optimizer:
+            settings = dict(self.server_optimizer)
+            skip = settings.pop("skip", STATISTICS)
+            method = server_optimizer(method, build_optimizer(settings), skip=skip)
         if base is not None:
             merged_specs(method, base)
         return method
@@ -114,6 +121,7 @@ class Recipe:
             _text("merge_method", keys),
             _parameters("parameters", keys),
             tuple(_rule(number, rule) for number, rule in enumerate(rules, start=1)),
+            _optimizer(keys.get("server_optimizer")),
         )
 
     @classmethod
@@ -123,10 +131,11 @@ class Recipe:
             merge-method = "ties"
             parameters.density = 0.2
             rules."*norm*" = "weighted_average"
+            server-optimizer = "{name: adam, lr: 0.01}"
 
         `parameters` and `rules` may also be text in YAML, `parameters = "{density: 0.2}"`, which `flwr run
         --run-config` can override; rules as a list can then have parameters, as in a recipe file. `recipe =
-        "recipe.yaml"` names a file that takes the place of all three. Other keys are left alone: they are the app's.
+        "recipe.yaml"` names a file that takes the place of all of them. Other keys are left alone: they are the app's.
 
         Raises:
             RecipeError: as `load`.
@@ -153,6 +162,7 @@ class Recipe:
                     "merge_method": config.get("merge-method", "weighted_average"),
                     "parameters": {str(key).replace("-", "_"): value for key, value in parameters.items()},
                     "rules": rules,
+                    "server_optimizer": config.get("server-optimizer") or None,
                 }
             )
             recipe.build()
@@ -163,6 +173,12 @@ class Recipe:
     @classmethod
     def of(cls, method: MergeMethod) -> Recipe | None:
         """The recipe that builds this method; None for one that no recipe can name (an object of the user's own)."""
+        if isinstance(method, ServerOptimized):
+            inner = cls.of(method.method)
+            settings: dict[str, Any] = {"name": method.optimizer.name, **method.optimizer.settings}
+            if method.skip != STATISTICS:
+                settings["skip"] = list(method.skip)
+            return None if inner is None else replace(inner, server_optimizer=settings)
         if isinstance(method, Method):
             return cls(_name(method), dict(method.parameters))
         if isinstance(method, Partition) and isinstance(method.otherwise, Method):
@@ -183,6 +199,8 @@ class Recipe:
                 | ({"parameters": _plain(rule.parameters)} if rule.parameters else {})
                 for rule in self.rules
             ]
+        if self.server_optimizer:
+            content["server_optimizer"] = _plain(self.server_optimizer)
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
@@ -271,6 +289,18 @@ def _parameters(key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise RecipeError(f"{key}: found {value!r}, wanted a mapping from parameter names to values")
+    return dict(value)
+
+
+def _optimizer(value: object) -> Mapping[str, Any]:
+    """A mapping as it is; text is a name, or such a mapping in YAML (in a run config)."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        parsed = _from_yaml(value)
+        value = parsed if isinstance(parsed, Mapping) else {"name": value}
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        raise RecipeError(f"server_optimizer: found {value!r}, wanted {{name: adam, lr: 0.01}}")
     return dict(value)
 
 

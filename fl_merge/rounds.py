@@ -15,6 +15,7 @@ from fl_merge.check import MAX_NUM_EXAMPLES, check_update
 from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
 from fl_merge.execute import MergeReport
 from fl_merge.model import GlobalModel
+from fl_merge.optimizers import optimizer_of
 from fl_merge.running import RunningSum
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
@@ -219,7 +220,7 @@ class Round:
         if self._running is not None:
             sink = self._model.sink()
             merge = self._running.merge(sink)
-            return self._model.next(sink, wire=self._wire), merge
+            return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
         updates = tuple(self._updates.values())
         return self._model.merged(self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire)
 

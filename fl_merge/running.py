@@ -119,7 +119,7 @@ def running_factor(method: MergeMethod) -> float:
     Raises:
         RecipeError: for any other method.
     """
-    factor = getattr(getattr(method, "shape", method), "running", None)
+    factor = getattr(getattr(method, "shape", method), "running", None)  # wrappers that leave sums alone have it too
     if factor is None:
         raise RecipeError(
             f"running_sum: found {method}, wanted a method whose coefficients are the clients' shares, such as "

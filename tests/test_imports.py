@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "spill": {"store", "types", "errors"},
     "check": {"kernels", "types", "errors"},
     "codecs": {"types", "errors"},
-    "merging": {"method", "execute", "check", "store", "types", "errors"},
-    "model": {"execute", "codecs", "store", "types", "errors"},
+    "optimizers": {"hyperparameters", "method", "types", "errors"},
+    "merging": {"optimizers", "method", "execute", "check", "store", "types", "errors"},
+    "model": {"optimizers", "execute", "codecs", "store", "types", "errors"},
     "running": {"execute", "store", "types", "errors"},
-    "rounds": {"model", "running", "execute", "check", "spill", "store", "types", "errors"},
-    "recipe": {"hyperparameters", "method", "execute", "types", "errors"},
+    "rounds": {"optimizers", "model", "running", "execute", "check", "spill", "store", "types", "errors"},
+    "recipe": {"optimizers", "hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"store", "types", "errors"},
     "flower": {
         "hyperparameters",
@@ -65,7 +66,7 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "__init__": {"hyperparameters", "methods", "merging", "recipe", "method", "shapes", "errors"},
+    "__init__": {"hyperparameters", "methods", "merging", "optimizers", "recipe", "method", "shapes", "errors"},
 }
 """Each part of the package, and the parts that it may import besides itself. A new part needs a row."""
 

@@ -37,6 +37,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "merge-method": "weighted_average",
     "parameters": "",
     "rules": "",
+    "server-optimizer": "",
     "initial-model": "",
     "num-server-rounds": 3,
     "fraction-train": 1.0,
