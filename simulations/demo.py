@@ -26,17 +26,34 @@ from rich.console import Console
 from rich.progress import track
 
 from baselines import EPOCHS, HEADINGS, LEARNING_RATE, Population, Row, baselines, cells, model_bytes, population, table
-from digits_clients import data, model
+from digits_clients import data
 from digits_clients.data import Examples
 from digits_clients.model import State
-from fl_merge import METHODS, FlMergeError, build, merge
+from fl_merge import METHODS
 from fl_merge.flower.simulate import simulate
 from fl_merge.store import load
+from one_shot import SCALES, Federation
 
 APP = Path(__file__).resolve().parents[1] / "clients" / "digits"
 LOCAL_EPOCHS = 5
-SCALES = tuple(round(0.2 * k, 1) for k in range(1, 26))
-"""The grid 0.2, 0.4, ..., 5.0 from which a tuned scale is chosen."""
+SHOWN = (
+    "weighted_average",
+    "task_arithmetic",
+    "slerp",
+    "model_stock",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "sce",
+    "median",
+    "tsv_m",
+    "iso_c",
+    "wudi",
+    "fisher",
+    "regmean",
+)
+"""The methods of the table: the best known ones of each family."""
 
 
 # The federation ------------------------------------------------------------------------------------------------------
@@ -69,52 +86,38 @@ def run_federation(run_folder: Path, method: str, rounds: int, seed: int, consol
 
 
 def merged_rows(people: Population, validation: Sequence[Examples], console: Console) -> list[Row]:
-    """Every method's rows, the plain average first: at its defaults, then with `scale` tuned where it has one."""
-    names = sorted(METHODS, key=lambda name: (name != "weighted_average", name))
-    rows: list[Row] = []
-    for name in track(names, "merging", console=console, transient=True):
-        try:
-            rows.append(default_row(name, people))
-        except FlMergeError as problem:  # a method that needs more than models (statistics, adapters)
-            console.print(f"[dim]{name} is left out: {problem}[/dim]")
-            continue
+    """The rows of the methods shown, the plain average first: at defaults, then with `scale` tuned if there is one."""
+    federation, rows = Federation(people), []
+    for name in track([name for name in SHOWN if name in METHODS], "merging", console=console, transient=True):
+        rows.append(default_row(name, federation))
         if "scale" in METHODS[name].parameters:
-            rows.append(tuned_row(name, people, validation))
+            rows.append(tuned_row(name, federation, validation))
     return rows
 
 
-def merged(name: str, people: Population, **settings: float) -> State:
-    """One model from the N finetuned ones, weighted by their numbers of examples."""
-    weights = [float(len(client.train)) for client in people.clients]
-    return merge(build(name, **settings), people.base, list(people.finetuned), weights, seed=people.seed)
-
-
-def default_row(name: str, people: Population) -> Row:
+def default_row(name: str, federation: Federation) -> Row:
     """The method at its defaults; the seconds are the shortest of three merges."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        state = merged(name, people)
+        state = federation.merged(name)
         seconds.append(time.perf_counter() - start)
-    return Row(name, people.judge(state), uplink(people), min(seconds))
+    return Row(name, federation.people.judge(state), uplink(federation.people), min(seconds))
 
 
-def tuned_row(name: str, people: Population, validation: Sequence[Examples]) -> Row:
+def tuned_row(name: str, federation: Federation, validation: Sequence[Examples]) -> Row:
     """The method with the scale of `SCALES` that has the best mean accuracy on the validation examples.
 
     Of equally good scales the smallest is taken. The other settings stay at their defaults.
     """
-    scores = {}
-    for scale in SCALES:
-        state = merged(name, people, scale=scale)
-        scores[scale] = sum(model.accuracy(state, examples) for examples in validation)
-    best = max(scores, key=scores.__getitem__)  # the first, so the smallest, of equals
+    best, state = federation.tuned(name, SCALES, validation)
     start = time.perf_counter()
-    state = merged(name, people, scale=best)
+    federation.merged(name, scale=best)
     seconds = time.perf_counter() - start
     at_edge = best in (SCALES[0], SCALES[-1])
-    note = f"the best scale is at the end of the grid {SCALES[0]} to {SCALES[-1]}" if at_edge else ""
-    return Row(f"{name}, scale {best}", people.judge(state), uplink(people), seconds, note=note)
+    note = f"the best scale is at the end of the grid {SCALES[0]:g} to {SCALES[-1]:g}" if at_edge else ""
+    people = federation.people
+    return Row(f"{name}, scale {best:g}", people.judge(state), uplink(people), seconds, note=note)
 
 
 def uplink(people: Population) -> int:
@@ -131,7 +134,9 @@ def conditions(people: Population, num_validation: int) -> str:
     defaults = "; ".join(
         f"{name}: {', '.join(f'{key}={value.default}' for key, value in entry.parameters.items())}"
         for name, entry in METHODS.items()
-        if entry.parameters and all(p.default is not inspect.Parameter.empty for p in entry.parameters.values())
+        if name in SHOWN
+        and entry.parameters
+        and all(p.default is not inspect.Parameter.empty for p in entry.parameters.values())
     )
     return " ".join(
         [
@@ -140,10 +145,11 @@ def conditions(people: Population, num_validation: int) -> str:
             "nobody trains or tunes on, so differences of a point or two are noise.",
             f"Merges are one-shot: each client makes {EPOCHS} passes (gradient descent with momentum, rate",
             f"{LEARNING_RATE}) from the pretrained base and sends {model_bytes(people.base) / 1e6:.2f} MB of float32.",
-            f"Rows with a scale: chosen from {SCALES[0]} to {SCALES[-1]} in steps of {SCALES[0]} by mean accuracy on",
-            f"{num_validation} labelled validation examples of the server's ({data.VALIDATION} images, per domain);",
-            "all other settings are defaults. norm. %: mean over domains of accuracy / that of the domain's own model.",
+            f"Rows with a scale: chosen from {SCALES[0]:g} to {SCALES[-1]:g} in steps of a factor 1.41 by mean",
+            f"accuracy on {num_validation} labelled validation examples of the server's ({data.VALIDATION} images, per",
+            "domain); all other settings are defaults. norm. %: mean over domains of accuracy / that of its own model.",
             f"Seed {people.seed} throughout. Defaults: {defaults}.",
+            "The other methods, ten seeds and confidence intervals: python simulations/one_shot.py.",
         ]
     )
 
