@@ -25,6 +25,12 @@ def weighted_sum(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
     return total_S
 
 
+def by_share(deltas_NRC: Tensor, weights_N: Tensor) -> Tensor:
+    """Each delta times N times the client's share: equal shares change nothing. Args and Returns: as `weighted_sum`."""
+    factors_N = (len(weights_N) * weights_N).to(deltas_NRC.device, deltas_NRC.dtype)
+    return deltas_NRC * factors_N.reshape(-1, *[1] * (deltas_NRC.dim() - 1))
+
+
 def disjoint_mean(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
     """Weighted mean, element by element, over the clients whose delta has the elected sign; 0 where there are none.
 
