@@ -19,6 +19,7 @@ from rich.table import Table
 import fl_merge
 from fl_merge.errors import FlMergeError, RecipeError, UpdateError
 from fl_merge.hyperparameters import describe
+from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
 from fl_merge.recipe import Recipe
 from fl_merge.store import SafetensorsSource
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(lora, name="lora")
 out = Console()
 err = Console(stderr=True)
 

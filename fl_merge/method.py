@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
 from fl_merge.errors import RecipeError
 from fl_merge.hyperparameters import checked, example, nearest, signature_of
@@ -55,6 +55,7 @@ class MethodEntry:
         additive: whether the result is a function of sums over the clients (of what each sends), so that it can be
             had from secure aggregation.
         passes: how often each client's model is read.
+        merges: "models", or "adapters" for a method that works on pairs of LoRA factors and on nothing else.
     """
 
     name: str
@@ -65,6 +66,7 @@ class MethodEntry:
     sends: tuple[str, ...] = ()
     additive: bool = False
     passes: str = ""
+    merges: Literal["models", "adapters"] = "models"
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -120,6 +122,7 @@ def merge_method(
     sends: Sequence[str] = (),
     additive: bool = False,
     passes: str = "1",
+    merges: Literal["models", "adapters"] = "models",
 ) -> Callable[[Callable[P, MergeMethod]], Callable[P, Method]]:
     """Register a function as a merge method under its own name.
 
@@ -131,7 +134,7 @@ def merge_method(
         paper: where the method comes from.
         identity: settings under which one client's model comes back unchanged (such as density=1); None if no
             settings do so, which the docstring must then explain.
-        base, sends, additive, passes: what the table of methods says of it, see `MethodEntry`.
+        base, sends, additive, passes, merges: what the table of methods says of it, see `MethodEntry`.
     """
 
     def register(factory: Callable[P, MergeMethod]) -> Callable[P, Method]:
@@ -145,7 +148,8 @@ def merge_method(
             shape = typing.cast("Callable[..., MergeMethod]", factory)(**settings)
             return Method(name, types.MappingProxyType(settings), shape)
 
-        METHODS.add(MethodEntry(name, build_method, paper, identity, base, tuple(sends), additive, passes))
+        entry = MethodEntry(name, build_method, paper, identity, base, tuple(sends), additive, passes, merges)
+        METHODS.add(entry)
         return build_method
 
     return register

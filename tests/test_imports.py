@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "fill": {"cutoffs", "reading", "stages", "shapes", "kernels", "ops.gram", "ops.sparsify", "types", "errors"},
     "hyperparameters": {"errors"},
     "method": {"hyperparameters", "types", "errors"},
-    "methods": {"hyperparameters", "method", "stages", "shapes", "ops", "types", "errors"},
+    "lowrank": {"ops.lowrank", "shapes", "types", "errors"},
+    "on_products": {"ops", "shapes", "types", "errors"},
+    "methods": {"hyperparameters", "method", "lowrank", "on_products", "stages", "shapes", "ops", "types", "errors"},
     "execute": {"fill", "reading", "shapes", "kernels", "ops.gram", "types", "errors"},
     "store": {"types", "errors"},
     "spill": {"store", "types", "errors"},
@@ -33,6 +35,7 @@ MAY_IMPORT = {
     "optimizers": {"hyperparameters", "method", "types", "errors"},
     "merging": {"optimizers", "method", "execute", "check", "store", "types", "errors"},
     "model": {"optimizers", "execute", "codecs", "store", "types", "errors"},
+    "adapters": {"lowrank", "ops.lowrank", "merging", "method", "execute", "check", "shapes", "store", "types", "errors"},
     "running": {"execute", "store", "types", "errors"},
     "rounds": {"optimizers", "model", "running", "execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"optimizers", "hyperparameters", "method", "execute", "types", "errors"},
@@ -53,7 +56,9 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
+    "lora_cli": {"adapters", "codecs", "lowrank", "ops.lowrank", "method", "types", "errors"},
     "cli": {
+        "lora_cli",
         "hyperparameters",
         "__init__",
         "flower",
@@ -75,9 +80,9 @@ ELSEWHERE = {
     "safetensors": {"store"},
     "yaml": {"recipe", "flower"},
     "numba": {"kernels"},
-    "typer": {"cli"},
-    "rich": {"cli", "flower"},
-    "pathlib": {"store", "spill", "running", "recipe", "runs", "flower", "cli"},
+    "typer": {"cli", "lora_cli"},
+    "rich": {"cli", "lora_cli", "flower"},
+    "pathlib": {"store", "adapters", "spill", "running", "recipe", "runs", "flower", "cli", "lora_cli"},
 }
 """Libraries that only some parts may import."""
 
