@@ -20,7 +20,9 @@ from fl_merge.method import build
 from fl_merge.ops.lowrank import norm
 from fl_merge.types import MergeMethod
 
-lora = typer.Typer(help="Merge LoRA adapters (PEFT's format), without the model that they belong to.", no_args_is_help=True)
+lora = typer.Typer(
+    help="Merge LoRA adapters (PEFT's format), without the model that they belong to.", no_args_is_help=True
+)
 out = Console()
 
 Adapters = Annotated[list[Path], typer.Argument(help="Folders with adapter_config.json and adapter_model.safetensors.")]
@@ -84,7 +86,9 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")
     for module, pair in pairs.items():
         product = factors(found.plain.read(pair.a), found.plain.read(pair.b))
         scaling = f"{found.plain.scalings[module]:g}"
-        table.add_row(escape(module), str(pair.rank), scaling, f"{pair.outputs} x {pair.inputs}", f"{norm(product):.4g}")
+        table.add_row(
+            escape(module), str(pair.rank), scaling, f"{pair.outputs} x {pair.inputs}", f"{norm(product):.4g}"
+        )
     out.print(table)
     for name in others:
         out.print(f"{escape(name)}: {found.plain.specs()[name]}", highlight=False, soft_wrap=True)

@@ -86,7 +86,7 @@ def refuse_quantised(specs: Mapping[str, TensorSpec], base: Path) -> None:
                 "carry it as an adapter"
             )
     for name, spec in specs.items():
-        narrow = spec.is_floating and spec.dtype.itemsize == 1
+        narrow = spec.dtype.itemsize == 1 and (spec.is_floating or (name.endswith(".weight") and len(spec.shape) > 1))
         if narrow or name.rpartition(".")[2] in _QUANTISED:
             raise RecipeError(
                 f"'{base}' is quantised (tensor '{name}', {spec}): an adapter cannot be folded into it; carry it as an "

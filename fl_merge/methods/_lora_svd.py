@@ -15,12 +15,13 @@ def lora_svd(
     tolerance: Annotated[float, Range(0.0, 1.0)] | None = None,
     missing: Missing = "zero",
 ) -> Products:
-    """Sum the products of LoRA adapters and keep the best approximation of a rank (FlexLoRA); the default for adapters.
+    """Sum the products of LoRA adapters and keep the best approximation of a rank (FlexLoRA).
 
     sum p_i s_i B_i A_i = U diag(sigma) V^T;  B = U_r sqrt(sigma_r),  A = sqrt(sigma_r) V_r^T
 
-    By QR of the stacked factors and the singular value decomposition of a small core: no matrix of the size of the
-    layer is ever made. What is cut off is known exactly from the singular values, and reported.
+    The default for adapters. It is had by QR of the stacked factors and the singular value decomposition of a small
+    core: no matrix of the size of the layer is ever made. What is cut off is known exactly from the singular values,
+    and reported.
 
     Args:
         rank: the most that is kept; by default the largest of the clients' ranks, or with energy or tolerance as many

@@ -59,7 +59,9 @@ def test_all_are_tried():
 @pytest.mark.parametrize(("name", "settings"), ONES, ids=IDS)
 def test_identical_adapters_give_that_adapter(name, settings, count, patterns):
     one = with_patterns("x", 1, patterns)
-    merged = merge_adapters(build(name, **settings), {str(i): one for i in range(count)}, [1.0 + i for i in range(count)])
+    merged = merge_adapters(
+        build(name, **settings), {str(i): one for i in range(count)}, [1.0 + i for i in range(count)]
+    )
     assert distance(products(merged.tensors), of_adapter(one)) < 1e-6
 
 
