@@ -122,10 +122,17 @@ def simulate(
             metavar="N|auto",
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the clients' random numbers.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the clients' random numbers.", show_default="0")] = None,
     run_folder: Annotated[
         Path | None, typer.Option(help="Where journal and model go.", show_default="runs/<time>-<app>")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder: its config, nodes and seed unless others are given."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although the method, the server's seed or the model is another.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's log too.")] = False,
 ) -> None:
     """Run a Flower app, unmodified, with all its clients on this machine: no network, no Ray.
@@ -144,6 +151,8 @@ def simulate(
         workers="auto" if workers == "auto" else int(workers),
         seed=seed,
         run_folder=run_folder,
+        resume=resume,
+        force=force,
         verbose=verbose,
         console=out,
     )

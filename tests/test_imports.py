@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "running": {"execute", "store", "types", "errors"},
     "rounds": {"optimizers", "model", "running", "execute", "check", "spill", "store", "types", "errors"},
     "recipe": {"optimizers", "hyperparameters", "method", "execute", "types", "errors"},
-    "runs": {"store", "types", "errors"},
+    "runs": {"model", "store", "types", "errors"},
     "flower": {
         "hyperparameters",
         "runs",

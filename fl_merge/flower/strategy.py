@@ -26,15 +26,19 @@ from fl_merge.flower.contents import (
     read_update,
     without_arrays,
 )
+from fl_merge.flower.loop import run_rounds
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
+from fl_merge.flower.resume import Resumption, resumption_here
 from fl_merge.flower.sampling import RunFailedError, counted, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
+from fl_merge.recipe import Recipe
 from fl_merge.rounds import Refusal, Round, RoundReport, quorum
 from fl_merge.running import RunningSum, running_factor
+from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod
@@ -194,31 +198,58 @@ class FedMerge(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        resume: str | Path | None = None,
+        force: bool = False,
     ) -> Result:
-        """Run the federation: Flower's own loop, with replies taken as they arrive.
+        """Run the federation: the rounds of Flower's `Strategy.start`, with replies taken as they arrive.
 
-        Args and Returns: as Flower's `Strategy.start`.
+        Args and Returns: as Flower's `Strategy.start`, and
+
+        Args:
+            resume: the folder of a run, with whose next round to go on: a run that is resumed gives the same numbers
+                as one that was not stopped. `initial_arrays` then only says what the model is to look like, and
+                `num_rounds` counts from the run's beginning.
+            force: resume although the method, the seed or the model's tensors are not those of the run.
 
         Raises:
-            RecipeError: if the method does not fit the model, before any client is asked.
+            RecipeError: if the method does not fit the model, or there is no such run to resume, before any client is
+                asked.
             RunFailedError: if no round made a model.
         """
+        resumption = Resumption(Path(resume), force) if resume else resumption_here()
         self._adopt(initial_arrays)
-        stand_in = self._carried.stand_in(initial_arrays)
         del initial_arrays
+        first = 1 if resumption is None else self._resume(resumption, num_rounds) + 1
         self._merged_rounds, self._failures = 0, []
-        watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
+        logger.info("Starting %s, rounds %d to %d:", type(self).__name__, first, num_rounds)
+        self.summary()
         for watcher in self._watchers():
-            watcher.run_started(num_rounds, self.method)
-        result = super().start(
-            RepliesAsTheyCome(grid), stand_in, num_rounds, timeout, train_config, evaluate_config, watched
+            if first == 1:
+                watcher.run_started(num_rounds, self.method)
+            else:
+                watcher.run_resumed(num_rounds, self.method, first - 1)
+        result = run_rounds(
+            self,
+            RepliesAsTheyCome(grid),
+            self._carried.given_out,
+            range(first, num_rounds + 1),
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None,
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
-            raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
-        if not result.arrays:
-            assert self._carried.record is not None
-            result.arrays = self._carried.record
+            rounds = f"{num_rounds}" if first == 1 else f"{num_rounds - first + 1} since it was resumed"
+            raise RunFailedError(f"no round of {rounds} made a model; the last one: {self._failures[-1]}")
+        result.arrays = self._carried.given_out()
         return result
+
+    def _resume(self, resumption: Resumption, num_rounds: int) -> int:
+        """Make a checkpoint's model the global one; gives the number of the last round that is in it."""
+        checkpoint = resumption.read(self.method, self.seed, self.model, num_rounds)
+        self._carried.follow(checkpoint.model)
+        return checkpoint.round_number
 
     def _watchers(self) -> tuple[Watcher, ...]:
         return (*self.watchers, *watchers_here())
@@ -227,7 +258,7 @@ class FedMerge(Strategy):
         self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
     ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            metrics = evaluate_fn(server_round, self._carried.meant_by(arrays))
+            metrics = evaluate_fn(server_round, arrays)
             if metrics is not None:
                 for watcher in self._watchers():
                     watcher.server_evaluated(server_round, dict(metrics))
@@ -345,7 +376,13 @@ class FedMerge(Strategy):
             metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
         for watcher in self._watchers():
             watcher.round_ended(report, self.model)
-        return (None, None) if model is None else (self._carried.record, metrics)
+        if model is None:
+            return None, None
+        recipe = Recipe.of(self.method)
+        text = None if recipe is None else recipe.to_yaml()
+        for watcher in self._watchers():
+            watcher.checkpointed(Checkpoint(server_round, self.seed, str(self.method), text, model))
+        return self._carried.record, metrics
 
     def _take_in(
         self, collected: Round, client_id: str, message: Message, *, arrays_too: bool = True
