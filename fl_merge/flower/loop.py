@@ -25,6 +25,7 @@ def run_rounds(
     train_config: ConfigRecord | None = None,
     evaluate_config: ConfigRecord | None = None,
     evaluate_fn: Evaluate | None = None,
+    on_evaluation: Callable[[int, MetricRecord], None] | None = None,
 ) -> Result:
     """Train, aggregate and evaluate in each round as Flower's `Strategy.start` does, which knows no first round.
 
@@ -38,6 +39,7 @@ def run_rounds(
         timeout: seconds to wait for the replies of a phase.
         train_config, evaluate_config: sent to clients.
         evaluate_fn: the server's own evaluation.
+        on_evaluation: told of what it found.
 
     Returns:
         The metrics by round; the arrays are left empty.
@@ -49,6 +51,8 @@ def run_rounds(
         if found is not None:
             logger.info("round %d, evaluated by the server: %s", number, found)
             result.evaluate_metrics_serverapp[number] = found
+            if on_evaluation is not None:
+                on_evaluation(number, found)
 
     if rounds.start == 1:
         evaluate(0)

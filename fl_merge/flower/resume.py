@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fl_merge.errors import RecipeError
 from fl_merge.model import GlobalModel
+from fl_merge.recipe import Recipe
 from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.types import MergeMethod
 
@@ -59,6 +60,12 @@ class Resumption:
                     f"{found.get(name, 'not')} in the initial one{advice}"
                 )
         return checkpoint
+
+
+def checkpoint_of(method: MergeMethod, seed: int, round_number: int, model: GlobalModel) -> Checkpoint:
+    """What a run with these settings goes on from after that round."""
+    recipe = Recipe.of(method)
+    return Checkpoint(round_number, seed, str(method), None if recipe is None else recipe.to_yaml(), model)
 
 
 _resumption: contextvars.ContextVar[Resumption | None] = contextvars.ContextVar("fl_merge_resumption", default=None)

@@ -542,7 +542,7 @@ def test_a_long_traceback_is_one_line_in_the_report():
 def evaluated(change, nodes=3):
     listener = Listener()
     strategy = FedMerge(weighted_average(), watchers=[listener])
-    strategy._adopt(to_record(model()))
+    strategy._carried.adopt(to_record(model()))
     replies = replies_to(strategy, stepping_app(), nodes, "evaluate")
     metrics = strategy.aggregate_evaluate(1, change(replies))
     return metrics, listener.evaluations[0]
@@ -591,7 +591,7 @@ def test_when_nobody_can_evaluate_there_are_no_metrics():
 
     listener = Counting()
     strategy = FedMerge(weighted_average(), watchers=[listener])
-    strategy._adopt(to_record(model()))
+    strategy._carried.adopt(to_record(model()))
     replies = replies_to(strategy, stepping_app(), 2, "evaluate")
     assert strategy.aggregate_evaluate(1, [signed_by_the_superlink(message, "gone") for message in replies]) is None
     assert len(listener.evaluations[0].refused) == 2
