@@ -33,6 +33,10 @@ class Clients:
     most: int | None = None
     why: str = ""
 
+    def nearest(self, count: int) -> int:
+        """The number of clients that is nearest to `count` of those that the method takes."""
+        return min(max(count, self.fewest), max(count, self.fewest) if self.most is None else self.most)
+
     def __contains__(self, count: int) -> bool:
         return self.fewest <= count and (self.most is None or count <= self.most)
 

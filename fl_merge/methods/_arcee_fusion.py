@@ -7,7 +7,7 @@ from fl_merge.ops.fusion import divergence_importance, outlier_threshold
 from fl_merge.shapes import Tensorwise
 
 
-@merge_method(paper="Arcee, 2024; mergekit: Goddard et al., 2024, arXiv:2403.13257", identity=None)
+@merge_method(paper="Arcee, 2024; mergekit: Goddard et al., 2024, arXiv:2403.13257", identity=None, additive=True)
 def arcee_fusion() -> Tensorwise:
     """Take over the elements of a delta whose importance is far above that of most others.
 

@@ -11,6 +11,7 @@ from fl_merge.shapes import Coordinate, Slice
 @merge_method(
     paper="alchemonaut, 2024, QuartetAnemoi-70B-t0.0001; mergekit: Goddard et al., 2024, arXiv:2403.13257",
     identity={"t": 1e30},
+    additive=True,
 )
 def nearswap(*, t: Annotated[float, Range(0.0, open_low=True)] = 1e-3) -> Coordinate:
     """Take over what a client changed a little, and of large changes no more than a threshold.

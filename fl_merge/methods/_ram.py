@@ -8,7 +8,7 @@ from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import Coordinate, Slice
 
 
-@merge_method(paper="Yuan et al., 2026, arXiv:2601.13572", identity={"epsilon": 0.0})
+@merge_method(paper="Yuan et al., 2026, arXiv:2601.13572", identity={"epsilon": 0.0}, additive=True)
 def ram(*, epsilon: Annotated[float, Range(0.0)] = 1e-5, scale: Scale = 1.0) -> Coordinate:
     """Average each element over the clients that changed it: what one client alone changed is kept whole.
 

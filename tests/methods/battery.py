@@ -84,8 +84,7 @@ def takes(entry: MethodEntry, settings: dict) -> Clients:
 
 def usual(entry: MethodEntry, settings: dict) -> list[str]:
     """The clients that take part: three, or as near to it as the method can have."""
-    bounds = takes(entry, settings)
-    return list(CLIENTS)[: min(max(USUAL, bounds.fewest), bounds.most or len(CLIENTS))]
+    return list(CLIENTS)[: takes(entry, settings).nearest(USUAL)]
 
 
 def counts(entry: MethodEntry, settings: dict, wanted: tuple[int, ...]) -> list[int]:
