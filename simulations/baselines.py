@@ -167,27 +167,33 @@ def sequential(people: Population) -> tuple[Row, float]:
 
 def joint(people: Population) -> Row:
     """One model on the pooled private data, with as many gradient steps as all the clients took together."""
+    sent = sum(
+        client.train.images_BHW.numel() + len(client.train) for client in people.clients
+    )  # a byte a pixel, a label
+    note = f"{joint_steps(people)} gradient steps, as many as all clients together; sends the data itself"
+    return Row("joint", people.judge(joint_state(people)), uplink_bytes=sent, note=note)
+
+
+def joint_steps(people: Population) -> int:
+    """The gradient steps of all clients together."""
+    return people.epochs * sum(model.steps_an_epoch(len(client.train)) for client in people.clients)
+
+
+def joint_state(people: Population) -> State:
+    """The model trained from the base on the pooled private data."""
     pooled = data.Examples(
         torch.cat([client.train.images_BHW for client in people.clients]),
         torch.cat([client.train.labels_B for client in people.clients]),
         torch.cat([client.train.numbers_B for client in people.clients]),
     )
-    steps = people.epochs * sum(model.steps_an_epoch(len(client.train)) for client in people.clients)
-    epochs = -(-steps // model.steps_an_epoch(len(pooled)))
-    state = model.train(
+    steps = joint_steps(people)
+    return model.train(
         people.base,
         pooled,
-        epochs=epochs,
+        epochs=-(-steps // model.steps_an_epoch(len(pooled))),
         learning_rate=LEARNING_RATE,
         seed=(people.seed, "joint"),
         max_steps=steps,
-    )
-    sent = pooled.images_BHW.numel() + len(pooled)  # a byte a pixel and a byte a label
-    return Row(
-        "joint",
-        people.judge(state),
-        uplink_bytes=sent,
-        note=f"{steps} gradient steps, as many as all clients together; sends the data itself",
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from study import Row
 SCALES = tuple(round(2 ** (k / 2), 3) for k in range(-8, 9))
 """1/16 to 16 in steps of a factor 1.41: the scales that a tuned one is chosen from."""
 
+BASELINES = "baselines"
 AVERAGE = "weighted_average"
 SCALED = "task_arithmetic"
 
@@ -40,43 +42,49 @@ QUICK_METHODS = ("weighted_average", "task_arithmetic", "ties", "nearswap")
 # One seed -------------------------------------------------------------------------------------------------------------
 
 
-def one_seed(seed: int, epochs: int, methods: Sequence[str], scales: Sequence[float]) -> list[Row]:
-    """Every row of one seed.
+def baseline_rows(seed: int, epochs: int) -> list[Row]:
+    """The rows of the baselines for one seed."""
+    federation = federation_of(seed, epochs)
+    return [
+        federation.row(found.name.partition(", forgets")[0], "baseline", found.accuracies)
+        for found in baselines(federation.people)
+    ]
+
+
+def method_rows(seed: int, epochs: int, name: str, scales: Sequence[float]) -> list[Row]:
+    """A method's rows for one seed: at its defaults, and with its scale tuned if it has one.
 
     Args:
         seed: of everything.
         epochs: of each client's finetuning.
-        methods: registered names.
+        name: a registered method.
         scales: to choose from.
     """
-    people = population(seed=seed, epochs=epochs)
-    validation = list(data.validation_examples(seed=seed).values())
-    own = people.individual
-
-    def row(name: str, setting: str, accuracies: Mapping[str, float], **more: object) -> Row:
-        each = [accuracies[client.name] for client in people.clients]
-        normalised = sum(accuracies[domain] / own[domain] for domain in own) / len(own)
-        quality = {"mean": sum(each) / len(each), "worst": min(each), "normalised": normalised}
-        return {"seed": seed, "model": name, "setting": setting, **quality, **accuracies, **more}
-
-    rows = []
-    for found in baselines(people):
-        name = found.name.partition(", forgets")[0]
-        rows.append(row(name, "baseline", found.accuracies))
-    federation = Federation(people)
-    for name in methods:
-        start = time.perf_counter()
-        try:
-            state = federation.merged(name)
-        except FlMergeError as problem:
-            rows.append({"seed": seed, "model": name, "setting": "refused", "note": str(problem)})
-            continue
-        seconds = time.perf_counter() - start
-        rows.append(row(name, "default", people.judge(state), merge_seconds=seconds))
-        if "scale" in METHODS[name].parameters:
-            best, state = federation.tuned(name, scales, validation)
-            rows.append(row(name, "tuned", people.judge(state), scale=best))
+    federation = federation_of(seed, epochs)
+    people = federation.people
+    start = time.perf_counter()
+    try:
+        state = federation.merged(name)
+    except FlMergeError as problem:
+        return [{"seed": seed, "model": name, "setting": "refused", "note": str(problem)}]
+    seconds = time.perf_counter() - start
+    rows = [federation.row(name, "default", people.judge(state), merge_seconds=seconds)]
+    if "scale" in METHODS[name].parameters:
+        validation = list(data.validation_examples(seed=seed).values())
+        best, state = federation.tuned(name, scales, validation)
+        rows.append(federation.row(name, "tuned", people.judge(state), scale=best))
     return rows
+
+
+def work(name: str, seed: int, epochs: int, scales: Sequence[float] = ()) -> list[Row]:
+    """The rows of one task."""
+    return baseline_rows(seed, epochs) if name == BASELINES else method_rows(seed, epochs, name, scales)
+
+
+@lru_cache(maxsize=1)
+def federation_of(seed: int, epochs: int) -> Federation:
+    """The clients of a seed and what they finetuned. A process keeps those of the seed that it is at."""
+    return Federation(population(seed=seed, epochs=epochs))
 
 
 class Federation:
@@ -85,6 +93,15 @@ class Federation:
     def __init__(self, people: Population) -> None:
         self.people = people
         self.weights = [float(len(client.train)) for client in people.clients]
+        self.individual = people.individual
+
+    def row(self, name: str, setting: str, accuracies: Mapping[str, float], **more: object) -> Row:
+        """The row of a model with these accuracies on the clients' test sets."""
+        own = self.individual
+        each = [accuracies[domain] for domain in own]
+        normalised = sum(accuracies[domain] / own[domain] for domain in own) / len(own)
+        quality = {"mean": sum(each) / len(each), "worst": min(each), "normalised": normalised}
+        return {"seed": self.people.seed, "model": name, "setting": setting, **quality, **accuracies, **more}
 
     def merged(self, name: str, **settings: Any) -> State:
         """One model of the N finetuned ones, weighted by their numbers of examples."""
@@ -224,9 +241,13 @@ def main() -> None:
     if options.quick:
         seeds, epochs, scales = 2, 1, (0.5, 1.0, 2.0)
         methods = [name for name in QUICK_METHODS if name in METHODS]
-    settings = {"epochs": epochs, "methods": methods, "scales": scales}
-    tasks = {f"seed-{seed}": (seed, epochs, methods, scales) for seed in range(seeds)}
-    rows = study.perform(tasks, one_seed, options.out, settings, workers=options.workers, console=console)
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for seed in range(seeds):
+        tasks[study.key(f"seed-{seed}", "baselines")] = (BASELINES, seed, epochs)
+        for name in methods:
+            tasks[study.key(f"seed-{seed}", name)] = (name, seed, epochs, scales)
+    settings = {"epochs": epochs, "scales": scales}
+    rows = study.perform(tasks, work, options.out, settings, workers=options.workers, console=console)
     plot(rows, options.out / "plot.png")
     study.report(options.out, rows, tables(rows, scales), console)
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -149,9 +151,16 @@ def arguments(description: str, name: str, parser: argparse.ArgumentParser | Non
     parser = parser or argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=10, help="repetitions of everything (default 10)")
     parser.add_argument("--out", type=Path, default=Path("runs") / name, help=f"default runs/{name}")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default 2); 0 for this one")
     parser.add_argument("--quick", action="store_true", help="two seeds of a much smaller study, to see that it runs")
     return parser
+
+
+def key(*words: str, of: object = None) -> str:
+    """A task's key from words and, shortened, whatever else makes it another task; good as the name of a file."""
+    told = "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", word) for word in words)
+    digest = hashlib.blake2b(json.dumps(of).encode(), digest_size=4).hexdigest()
+    return told if of is None else f"{told}_{digest}"
 
 
 def perform(
@@ -172,7 +181,7 @@ def perform(
         work: a function of a module; its rows hold text, numbers and None.
         folder: of the study, made if it is not there.
         settings: what rows depend on beside the task, as JSON; has to be what the folder's earlier rows were made with.
-        workers: processes.
+        workers: processes; 0 to do it in this one.
         console: where the progress is shown.
 
     Raises:
@@ -195,7 +204,9 @@ def _in_processes(
     tasks: Mapping[str, tuple[Any, ...]], work: Callable[..., list[Row]], workers: int
 ) -> Iterable[tuple[str, list[Row]]]:
     """Key and rows of each task, as they are done."""
-    if not tasks:
+    if workers == 0 or not tasks:
+        for key, task in tasks.items():
+            yield key, work(*task)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that has run torch may hang
     before = set(multiprocessing.active_children())
@@ -287,15 +298,15 @@ def report(folder: Path, rows: Sequence[Row], text: str, console: Console) -> No
     console.print(f"\n{folder}/ has raw.csv, table.md and plot.png", style="dim", highlight=False)
 
 
-def figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, without a display."""
+def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes (several, side by side, on one scale), without a display."""
     import matplotlib as mpl  # a second's import: workers do without
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", sharey=True)
 
 
 def save(drawn: Any, path: Path) -> None:

@@ -1,6 +1,5 @@
-"""What a run leaves behind, and what it goes on from."""
+"""What a run leaves behind."""
 
-from fl_merge.runs.checkpoint import Checkpoint
-from fl_merge.runs.folder import RunFolder, read_config
+from fl_merge.runs.folder import RunFolder
 
-__all__ = ["Checkpoint", "RunFolder", "read_config"]
+__all__ = ["RunFolder"]

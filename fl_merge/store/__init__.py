@@ -16,7 +16,6 @@ from fl_merge.store.format import (
     claim,
     fill,
     layout,
-    tensor_file,
     write_text,
 )
 from fl_merge.store.lock import Held, lock_folder
@@ -41,7 +40,6 @@ __all__ = [
     "load",
     "lock_folder",
     "save",
-    "tensor_file",
     "tied_names",
     "write_text",
 ]

@@ -1,9 +1,5 @@
 """The one-shot study: scales are chosen on what is given, a line stands for many merges, the table says who refused."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,8 +7,8 @@ import baselines
 import one_shot
 import study
 from digits_clients import data, model
+from fl_merge import MergeError
 
-SCRIPT = Path(one_shot.__file__)
 SCALES = (0.5, 1.0, 2.0)
 
 
@@ -72,23 +68,30 @@ def test_the_tables_pair_by_seed_and_say_what_was_refused_and_which_scales_are_a
     assert "at an end of the grid, 0.5 or 2: ties." in text
 
 
-def test_one_seed_has_every_baseline_and_every_method():
-    rows = one_shot.one_seed(0, 1, ["weighted_average", "ties"], [1.0])
-    assert [(row["model"], row["setting"]) for row in rows[-3:]] == [
-        ("weighted_average", "default"),
-        ("ties", "default"),
-        ("ties", "tuned"),
-    ]
+def test_one_seed_has_every_baseline_and_a_method_at_its_defaults_and_tuned():
+    rows = one_shot.work(one_shot.BASELINES, 0, 1)
     assert {"pretrained", "sequential", "joint", "ensemble, mean logits"} <= {row["model"] for row in rows}
-    for row in rows:
+    default, tuned = one_shot.work("ties", 0, 1, [1.0])
+    assert (default["setting"], tuned["setting"], tuned["scale"]) == ("default", "tuned", 1.0)
+    assert default["mean"] == tuned["mean"]  # at the scale that is the default
+    for row in [*rows, default]:
         assert row["mean"] == pytest.approx(sum(row[name] for name in data.DOMAINS) / 8)
         assert row["worst"] == min(row[name] for name in data.DOMAINS)
-    assert rows[-2]["mean"] == rows[-1]["mean"]  # at the scale that is the default
 
 
-def test_the_command_writes_its_files(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--quick", "--workers", "1", "--out", str(tmp_path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_a_method_that_cannot_merge_eight_models_leaves_its_reason(monkeypatch):
+    def refuse(self, name):
+        raise MergeError("nearswap: found 8 clients, wanted 2")
+
+    monkeypatch.setattr(one_shot.Federation, "merged", refuse)
+    (row,) = one_shot.work("ties", 0, 1, [1.0])
+    assert (row["setting"], row["note"]) == ("refused", "nearswap: found 8 clients, wanted 2")
+
+
+def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["one_shot.py", "--quick", "--workers", "0", "--out", str(tmp_path)])
+    one_shot.main()
+    printed = capsys.readouterr().out
     text = (tmp_path / "table.md").read_text()
     assert text in printed
     assert "| weighted_average |" in text

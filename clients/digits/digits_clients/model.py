@@ -25,13 +25,13 @@ State = dict[str, Tensor]
 
 
 class Network(nn.Module):
-    """64 pixels -> 512 -> 512 -> 10 logits, with ReLU: 301 066 float32 parameters."""
+    """64 pixels -> 512 -> 512 -> 10 logits, with ReLU: 301 066 float32 parameters; fewer with narrower layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
-        self.hidden1 = nn.Linear(SIDE * SIDE, HIDDEN)
-        self.hidden2 = nn.Linear(HIDDEN, HIDDEN)
-        self.output = nn.Linear(HIDDEN, NUM_CLASSES)
+        self.hidden1 = nn.Linear(SIDE * SIDE, hidden)
+        self.hidden2 = nn.Linear(hidden, hidden)
+        self.output = nn.Linear(hidden, NUM_CLASSES)
 
     def forward(self, images_BHW: Tensor) -> Tensor:
         """Images (B, 8, 8) in [0, 1] -> logits (B, 10); pixels are centred to [-1, 1] here."""
@@ -42,16 +42,16 @@ class Network(nn.Module):
 def _network(state: Mapping[str, Tensor]) -> Network:
     """A network of its own with these weights in float32."""
     with torch.device("meta"):  # draws nothing from the global generator
-        network = Network()
+        network = Network(len(state["hidden1.bias"]))
     network.load_state_dict({k: v.detach().to(torch.float32).clone() for k, v in state.items()}, assign=True)
     return network.requires_grad_()
 
 
-def random_state(seed: int = 0) -> State:
+def random_state(seed: int = 0, hidden: int = HIDDEN) -> State:
     """An untrained network: every element uniform in +-1/sqrt(fan_in), torch's own range for linear layers."""
     draws = seeded("start", seed)
     with torch.device("meta"):
-        shapes = Network().state_dict()
+        shapes = Network(hidden).state_dict()
     state: State = {}
     for name, meta in shapes.items():
         fan_in = shapes[f"{name.rpartition('.')[0]}.weight"].shape[1]
