@@ -11,10 +11,11 @@ help:  ## list the commands
 
 setup: .venv/.ready  ## make .venv with everything installed
 
-.venv/.ready: pyproject.toml clients/digits/pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml clients/digits/pyproject.toml clients/language/pyproject.toml constraints.txt
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]" --editable clients/digits
+	@$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]" --editable clients/digits \
+		--editable clients/language
 	@touch $@
 
 demo: setup  ## run a federation of eight clients and print what each way of merging gives

@@ -60,7 +60,8 @@ def of_files(results: Mapping[str, Measured], models: int, dtype: str) -> list[L
     limits = []
     for most, methods in (
         (2.5, ("weighted_average", "task_arithmetic", "slerp")),
-        (4.0, ("ties", "dare_linear", "dare_ties")),
+        (4.0, ("ties", "dare_linear", "dare_ties", "karcher", "model_stock")),
+        (5.0, ("nuslerp", "multislerp", "krum", "multi_krum", "geometric_median", "centered_clipping")),
     ):
         for method in methods:
             mine = results.get(f"files: {method}")

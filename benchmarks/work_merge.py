@@ -117,7 +117,9 @@ def kernels(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
     def every_method() -> None:
         for cohort in cohorts:
             for name in METHODS:
-                execute(build(name), cohort, MemorySink())
+                method = build(name)
+                if len(cohort.updates) in method.clients:
+                    execute(method, cohort, MemorySink())
 
     def fresh() -> Work:
         every_method()  # by the definitions in torch: there are too few elements to load kernels by themselves

@@ -19,6 +19,7 @@ from rich.table import Table
 import fl_merge
 from fl_merge.errors import FlMergeError, RecipeError, UpdateError
 from fl_merge.hyperparameters import describe
+from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
 from fl_merge.recipe import Recipe
 from fl_merge.store import SafetensorsSource
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(lora, name="lora")
 out = Console()
 err = Console(stderr=True)
 
@@ -120,10 +122,17 @@ def simulate(
             metavar="N|auto",
         ),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the clients' random numbers.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the clients' random numbers.", show_default="0")] = None,
     run_folder: Annotated[
         Path | None, typer.Option(help="Where journal and model go.", show_default="runs/<time>-<app>")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this folder: its config, nodes and seed unless others are given."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume although the method, the server's seed or the model is another.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show Flower's log too.")] = False,
 ) -> None:
     """Run a Flower app, unmodified, with all its clients on this machine: no network, no Ray.
@@ -142,6 +151,8 @@ def simulate(
         workers="auto" if workers == "auto" else int(workers),
         seed=seed,
         run_folder=run_folder,
+        resume=resume,
+        force=force,
         verbose=verbose,
         console=out,
     )

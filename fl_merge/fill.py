@@ -6,6 +6,7 @@ Suffixes: N clients, S elements, K numbers of a survey.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable
@@ -19,12 +20,15 @@ from torch import Tensor
 from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Draws, Inputs
-from fl_merge.ops.gram import GramSum
+from fl_merge.ops.gram import GramSum, finite_gram, gram_of_lines
 from fl_merge.ops.sparsify import keep_count
 from fl_merge.reading import Versions, flat, pieces, serves, shaped, whole_deltas
-from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, WeightedSum, draw_keys
+from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, Tensorwise, VectorSpan, WeightedSum, draw_keys
 from fl_merge.stages import KeepLargest, KeepRandom, Stages
 from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
+
+LINES_ELEMENTS = 1 << 17
+"""About so many elements of a client's rows are looked at together, whatever the size of the slices."""
 
 Values = Callable[[int, int], Tensor]
 """From the first and last-plus-one element of a slice to its merged values."""
@@ -217,7 +221,7 @@ class Fillers:
 
     def step(self, output: Output) -> int:
         """How many elements of an output are filled at a time."""
-        if isinstance(output.compute, Whole | Matrix):
+        if isinstance(output.compute, Whole | Matrix | Tensorwise):
             return max(output.spec.numel, 1)
         compiled = self._kernels is not None and serves(output, self._device)
         if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages):
@@ -241,6 +245,10 @@ class Fillers:
         versions = Versions(self._cohort, output, self._device, self._kernels)
         if isinstance(compute, Matrix):
             return Defined(output, dtype, self._matrix(compute, output, versions))
+        if isinstance(compute, Tensorwise):
+            return Defined(output, dtype, self._tensorwise(compute, output, versions))
+        if isinstance(compute, VectorSpan):
+            return Defined(output, dtype, self._vector_span(compute, output, versions, mapped), self._step)
         if isinstance(compute, Span):
             compute = self._span_sum(compute, output, versions, mapped)
         if isinstance(compute, WeightedSum):
@@ -267,6 +275,32 @@ class Fillers:
         deltas_NRC = versions.deltas(0, versions.numel).reshape(versions.clients, rows, -1)
         merged_S = versions.base(0, versions.numel) + compute.merge(deltas_NRC, self._weights_N(output)).reshape(-1)
         return lambda start, stop: merged_S[start:stop]
+
+    def _tensorwise(self, compute: Tensorwise, output: Output, versions: Versions) -> Values:
+        base_S, deltas_NS = versions.base(0, versions.numel), versions.deltas(0, versions.numel)
+        shape = output.spec.shape
+        delta = compute.merge(base_S.view(shape), deltas_NS.view(-1, *shape), self._weights_N(output))
+        merged_S = base_S + delta.reshape(-1)
+        return lambda start, stop: merged_S[start:stop]
+
+    def _vector_span(self, compute: VectorSpan, output: Output, versions: Versions, mapped: Mapped) -> Values:
+        by_rows = compute.along == "rows"
+        width = output.spec.shape[-1] if by_rows else versions.numel // output.spec.shape[0]
+        step = max(1, LINES_ELEMENTS // width)
+        parts = mapped(
+            lambda at: gram_of_lines(versions.lines(compute.on, width, *at), compute.along),
+            pieces(versions.numel // width, step),
+        )
+        gram_VNN = torch.cat(list(parts)) if by_rows else functools.reduce(torch.add, parts)
+        base_V, coefficients_VN = compute.fixed(self._spec_for(output), finite_gram(gram_VNN.cpu()))
+
+        def merged(start: int, stop: int) -> Tensor:
+            index_S = torch.arange(start, stop)
+            vector_S = index_S // width if by_rows else index_S % width
+            each_S = (coefficients_N[vector_S].to(self._device) for coefficients_N in coefficients_VN.T)
+            return versions.combination(base_V[vector_S].to(self._device), each_S, start, stop)
+
+        return merged
 
     def _span_sum(self, compute: Span, output: Output, versions: Versions, mapped: Mapped) -> WeightedSum:
         if compute.scope == "model" and output.scope is not None:

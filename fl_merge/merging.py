@@ -57,10 +57,10 @@ def merge(
     by_id = dict(updates) if isinstance(updates, Mapping) else {str(i): update for i, update in enumerate(updates)}
     for client_id, tensors in by_id.items():
         _require_tensors(f"client '{client_id}'", tensors)
-    shares = _shares(list(by_id), weights)
+    share = shares(list(by_id), weights)
     cohort = Cohort(
         MemorySource(base, _tied(base, by_id)),
-        tuple(Update(client_id, shares[client_id], MemorySource(update)) for client_id, update in by_id.items()),
+        tuple(Update(client_id, share[client_id], MemorySource(update)) for client_id, update in by_id.items()),
         seed=seed,
     )
     for update in cohort.updates:
@@ -70,7 +70,12 @@ def merge(
     return sink.tensors
 
 
-def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+def shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:
+    """One weight a client, checked; equal ones if none are given.
+
+    Raises:
+        RecipeError: for a weight that is missing, too many, no number, or not positive.
+    """
     if weights is None:
         return dict.fromkeys(client_ids, 1.0)
     given = dict(weights) if isinstance(weights, Mapping) else dict(zip(client_ids, weights, strict=False))
@@ -80,16 +85,16 @@ def _shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float
     for client_id, weight in given.items():
         if not isinstance(weight, SupportsFloat) or not 0 < float(weight) < math.inf:
             raise RecipeError(f"weights: client '{client_id}': found {weight!r}, wanted a number > 0")
-    shares = {client_id: float(weight) for client_id, weight in given.items()}
+    checked = {client_id: float(weight) for client_id, weight in given.items()}
     try:
-        math.fsum(shares.values())
+        math.fsum(checked.values())
     except OverflowError:
-        largest = max(shares, key=shares.__getitem__)
+        largest = max(checked, key=checked.__getitem__)
         raise RecipeError(
             f"weights: client '{largest}': found {given[largest]!r}, and no float64 holds the sum of all; wanted "
             "smaller numbers in the same proportions"
         ) from None
-    return shares
+    return checked
 
 
 def _tied(base: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

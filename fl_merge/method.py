@@ -10,13 +10,40 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec
 
-from fl_merge.errors import RecipeError
+from fl_merge.errors import MergeError, RecipeError
 from fl_merge.hyperparameters import checked, example, nearest, signature_of
 from fl_merge.types import CohortSpec, MergeMethod, Output
 
 P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Clients:
+    """How many clients a method takes.
+
+    Args:
+        fewest: below this the method has no meaning, or loses what it promises.
+        most: None for any number.
+        why: where the bounds come from, in a few words; for the error.
+    """
+
+    fewest: int = 1
+    most: int | None = None
+    why: str = ""
+
+    def nearest(self, count: int) -> int:
+        """The number of clients that is nearest to `count` of those that the method takes."""
+        return min(max(count, self.fewest), max(count, self.fewest) if self.most is None else self.most)
+
+    def __contains__(self, count: int) -> bool:
+        return self.fewest <= count and (self.most is None or count <= self.most)
+
+    def __str__(self) -> str:
+        bound = f"at least {self.fewest}" if self.most is None else f"{self.fewest} to {self.most}"
+        exactly = str(self.fewest) if self.fewest == self.most else bound
+        return f"{exactly} ({self.why})" if self.why else exactly
 
 
 @dataclass(frozen=True)
@@ -27,14 +54,23 @@ class Method:
         name: under which it is registered.
         parameters: every setting, defaults filled in.
         shape: what plans the merge.
+        clients: how many it takes, with these settings.
     """
 
     name: str
     parameters: Mapping[str, Any]
     shape: MergeMethod = field(repr=False)
+    clients: Clients = Clients()
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
-        """One output a tensor of the merged model."""
+        """One output a tensor of the merged model.
+
+        Raises:
+            MergeError: if the cohort is larger or smaller than the method takes.
+        """
+        if len(spec.client_ids) not in self.clients:
+            count = len(spec.client_ids)
+            raise MergeError(f"{self}: found {count} client{'' if count == 1 else 's'}, wanted {self.clients}")
         return self.shape.plan(spec)
 
     def __str__(self) -> str:
@@ -55,6 +91,7 @@ class MethodEntry:
         additive: whether the result is a function of sums over the clients (of what each sends), so that it can be
             had from secure aggregation.
         passes: how often each client's model is read.
+        merges: "models", or "adapters" for a method that works on pairs of LoRA factors and on nothing else.
     """
 
     name: str
@@ -65,6 +102,7 @@ class MethodEntry:
     sends: tuple[str, ...] = ()
     additive: bool = False
     passes: str = ""
+    merges: Literal["models", "adapters"] = "models"
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -120,6 +158,8 @@ def merge_method(
     sends: Sequence[str] = (),
     additive: bool = False,
     passes: str = "1",
+    merges: Literal["models", "adapters"] = "models",
+    clients: Clients | Callable[..., Clients] = Clients(),
 ) -> Callable[[Callable[P, MergeMethod]], Callable[P, Method]]:
     """Register a function as a merge method under its own name.
 
@@ -131,7 +171,8 @@ def merge_method(
         paper: where the method comes from.
         identity: settings under which one client's model comes back unchanged (such as density=1); None if no
             settings do so, which the docstring must then explain.
-        base, sends, additive, passes: what the table of methods says of it, see `MethodEntry`.
+        base, sends, additive, passes, merges: what the table of methods says of it, see `MethodEntry`.
+        clients: how many clients the method takes, or a function that tells from all of its settings.
     """
 
     def register(factory: Callable[P, MergeMethod]) -> Callable[P, Method]:
@@ -143,9 +184,11 @@ def merge_method(
                 raise RecipeError(f"{name} takes its settings by name, such as {name}({example(factory)})")
             settings = checked(name, factory, kwargs)
             shape = typing.cast("Callable[..., MergeMethod]", factory)(**settings)
-            return Method(name, types.MappingProxyType(settings), shape)
+            count = clients(**settings) if callable(clients) else clients
+            return Method(name, types.MappingProxyType(settings), shape, count)
 
-        METHODS.add(MethodEntry(name, build_method, paper, identity, base, tuple(sends), additive, passes))
+        entry = MethodEntry(name, build_method, paper, identity, base, tuple(sends), additive, passes, merges)
+        METHODS.add(entry)
         return build_method
 
     return register

@@ -62,13 +62,25 @@ class Versions:
             torch.sub(self._widened(client_S, start, stop), base_S, out=delta_S)
         return deltas_NS
 
-    def combination(self, base_coefficient: float, coefficients_N: Iterable[float], start: int, stop: int) -> Tensor:
-        """(S,): base_coefficient * theta_0 + sum c_i tau_i, added in float64 and rounded once."""
+    def combination(
+        self, base_coefficient: float | Tensor, coefficients_N: Iterable[float | Tensor], start: int, stop: int
+    ) -> Tensor:
+        """(S,): base_coefficient * theta_0 + sum c_i tau_i, added in float64 and rounded once.
+
+        Args:
+            base_coefficient, coefficients_N: numbers, or (S,) float64 where each element has its own.
+        """
         base_S = self._base_S[start:stop].to(self._device, torch.float64)
         total_S = base_S * base_coefficient
         for client_S, coefficient in zip(self._clients, coefficients_N, strict=True):
             add_scaled_delta(total_S, base_S, client_S[start:stop], coefficient)
         return total_S.to(self._dtype)
+
+    def lines(self, on: str, width: int, start: int, stop: int) -> Tensor:
+        """(N, rows, width) float64: rows from start to stop of the tensor as a matrix of that width."""
+        at = start * width, stop * width
+        vectors_NS = self.deltas(*at) if on == "deltas" else self._weights(*at)
+        return vectors_NS.double().view(len(self._clients), stop - start, width)
 
     def gram_partials(self, on: str, start: int, stop: int) -> Tensor:
         """(blocks, N, N) float64: the inner products of the deltas or weights, a block at a time.

@@ -114,7 +114,7 @@ class Round:
         self._model = model
         self._method = method
         self._seed = seed
-        self._max_num_examples = max_num_examples
+        self.max_num_examples = max_num_examples
         self._wire = wire
         self._spill = spill
         self._running = running
@@ -147,7 +147,7 @@ class Round:
             check_update(
                 update,
                 self._specs,
-                max_num_examples=self._max_num_examples,
+                max_num_examples=self.max_num_examples,
                 values=self._values,
                 tied=self._model.tied,
             )

@@ -1,8 +1,10 @@
 """The shapes of a merge method: what its author writes, and the plan that comes of it.
 
     Span         coefficients; the result is a combination of the base and the clients' models
+    VectorSpan   the same with coefficients of their own for each row or column of a tensor
     Coordinate   an elementwise function of the deltas, after a survey of a few numbers a client where one is needed
     Matrix       a function of all the deltas of one 2-D tensor
+    Tensorwise   a function of the base and all the deltas of one tensor
     (structure)  anything with a `plan` of its own: names and shapes may change
 
 Suffixes: N clients, S elements, K numbers of a survey.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -117,6 +119,49 @@ class Span:
 
 
 @dataclass(frozen=True)
+class VectorSpan:
+    """As `Span` with a Gram matrix, but each row or column of a tensor is a vector for itself.
+
+    A row runs along the last dimension, a column along the first; a tensor with fewer than two dimensions is one
+    vector.
+
+    Args:
+        coefficients: from the cohort and the (V, N, N) float64 Gram matrices of V vectors to their coefficients,
+            (V, N) float64. A vector's may depend on its own Gram matrix only.
+        along: "rows" or "columns".
+        on: "deltas" or "weights": of what the coefficients and the Gram matrices are.
+    """
+
+    coefficients: Callable[[CohortSpec, Tensor], Tensor]
+    along: Literal["rows", "columns"] = "rows"
+    on: Literal["deltas", "weights"] = "deltas"
+
+    def plan(self, spec: CohortSpec) -> Iterator[Output]:
+        """One output a tensor."""
+
+        def of_one_vector(spec: CohortSpec, gram_NN: Tensor | None) -> Sequence[float]:
+            assert gram_NN is not None
+            coefficients_N: list[float] = self.coefficients(spec, gram_NN[None])[0].tolist()
+            return coefficients_N
+
+        one_vector = Span(of_one_vector, gram=True, on=self.on)
+        for output in _plan_deltas(spec, self, "tensor"):
+            yield replace(output, compute=one_vector) if _is_vector(output, self) else output
+
+    def fixed(self, spec: CohortSpec, gram_VNN: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left to do once the Gram matrices are known: factors of the base (V,) and of the deltas (V, N)."""
+        coefficients_VN = self.coefficients(spec, gram_VNN)
+        total_V = coefficients_VN.sum(dim=1)
+        rounding = coefficients_VN.shape[1] * sys.float_info.epsilon
+        sums_to_1_V = (total_V - 1.0).abs() <= rounding
+        return torch.where(sums_to_1_V | (self.on == "deltas"), 1.0, total_V), coefficients_VN
+
+
+def _is_vector(output: Output, compute: object) -> bool:
+    return output.compute is compute and len(output.spec.shape) < 2
+
+
+@dataclass(frozen=True)
 class WeightedSum:
     """base_coefficient * theta_0 + sum c_i tau_i.
 
@@ -176,6 +221,22 @@ class Matrix:
                 yield Output(output.name, output.spec, output.reads, average, output.scope)
             else:
                 yield output
+
+
+@dataclass(frozen=True)
+class Tensorwise:
+    """theta = theta_0 + merge(theta_0, deltas): a function of one tensor's base and deltas as a whole.
+
+    Args:
+        merge: from the base (the tensor's shape), the deltas (N, and that shape) and the weights (N,) float64 to the
+            merged delta, in that shape.
+    """
+
+    merge: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def plan(self, spec: CohortSpec) -> Iterator[Output]:
+        """One output a tensor."""
+        return _plan_deltas(spec, self, "tensor")
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,8 @@ class CohortSpec:
         round: counted from 1; 0 outside a federation.
         metrics_N: what each client reported; empty where nothing is known of it.
         statistics: of those that every client sent, in one shape.
+        clients_N: each client's tensors, where they may have other names and shapes than the base's (adapters); empty
+            where they have the base's.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -164,6 +166,7 @@ class CohortSpec:
     round: int = 0
     metrics_N: tuple[Mapping[str, float | int | list[float] | list[int]], ...] = ()
     statistics: Mapping[str, TensorSpec] = field(default_factory=dict)
+    clients_N: tuple[Mapping[str, TensorSpec], ...] = ()
 
     def only(self, names: Sequence[str]) -> CohortSpec:
         """The same cohort with some of its tensors."""
@@ -177,6 +180,7 @@ class CohortSpec:
             client_ids=tuple(self.client_ids[client] for client in clients),
             weights_N=tuple(self.weights_N[client] / total for client in clients),
             metrics_N=tuple(self.metrics_N[client] for client in clients) if self.metrics_N else (),
+            clients_N=tuple(self.clients_N[client] for client in clients) if self.clients_N else (),
         )
 
 
@@ -210,6 +214,7 @@ class Cohort:
             self.round,
             tuple(update.metrics for update in self.updates),
             self._statistics(),
+            tuple(update.tensors.specs() for update in self.updates),
         )
 
     def _statistics(self) -> dict[str, TensorSpec]:

@@ -151,6 +151,48 @@ def test_simulating_shows_each_round_and_leaves_a_run_folder(run: Run, tmp_path:
     assert again[::2] == (2, "error: run folder 'here' already holds a run; give another one\n")
 
 
+def test_a_run_is_resumed_in_its_folder_with_its_config(run: Run, tmp_path: Path) -> None:
+    """Two rounds and one more are three rounds at once; what was asked for the first time need not be said again."""
+    config = 'local-epochs=1 server-optimizer="{name: adam, lr: 0.01}" num-server-rounds='
+    for folder, rounds in (("whole", 3), ("here", 2)):
+        arguments = ["-n", "4", "--seed", "3", "-c", f"{config}{rounds}", "--workers", "0", "--run-folder", folder]
+        assert run("simulate", DIGITS, *arguments)[0] == 0
+    again = ["simulate", DIGITS, "--workers", "0", "--resume", "here"]
+    code, _, complaint = run(*again)
+    assert (code, complaint[:69]) == (2, "error: resume 'here': round 2 is done and the run is to have 2: wante")
+    code, _, complaint = run(*again, "-c", 'num-server-rounds=3 merge-method="ties"')
+    assert code == 2
+    assert "the run merges with server_optimizer(weighted_average(), adam(" in complaint
+    code, printed, complaint = run(*again, "-c", "num-server-rounds=3")
+    assert (code, complaint) == (0, "")
+    assert "going on after round 2" in printed
+    assert "round 3/3  4 of 4 merged" in printed
+    assert (tmp_path / "here" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    code, _, complaint = run(*again, "-c", 'num-server-rounds=4 merge-method="ties"', "--force")
+    assert (code, complaint) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["--resume", "nowhere"],
+            "error: 'nowhere' is not the folder of a run, it has no config.json to read: No such f",
+        ),
+        (
+            ["--resume", "a", "--run-folder", "b"],
+            "error: a resumed run goes on in its own folder: found run folder 'b'",
+        ),
+    ],
+)
+def test_what_cannot_be_resumed(run: Run, arguments: list[str], line: str) -> None:
+    code, _, complaint = run("simulate", DIGITS, *arguments)
+    assert code == 2
+    assert complaint.startswith(line)
+
+
 LAYERS = ("hidden1", "hidden2", "output")
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fl_merge import METHODS, kernels, merge
+from fl_merge import METHODS, build, kernels, merge
 from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import Inputs, largest_magnitude
@@ -91,8 +91,9 @@ def test_every_method_gives_the_same_bits_with_and_without_kernels(method, dtype
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_registered_method_does_at_its_defaults(name):
-    base, updates = models(torch.float32, {"a": (40_000,)}, 3)
-    defined, compiled = both(lambda: merge(name, base, updates, weights=[1, 2, 3], seed=7))
+    base, updates = models(torch.float32, {"a": (40_000,)}, build(name).clients.nearest(3))
+    weights = range(1, 1 + len(updates))
+    defined, compiled = both(lambda: merge(name, base, updates, weights=list(weights), seed=7))
     assert defined == compiled
 
 

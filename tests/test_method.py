@@ -8,7 +8,7 @@ import pytest
 
 from fl_merge import METHODS, RecipeError, Span, build, in_range, merge_method
 from fl_merge.hyperparameters import Range, describe
-from fl_merge.method import find
+from fl_merge.method import Clients, find
 
 
 @pytest.fixture
@@ -144,3 +144,19 @@ def test_an_unknown_name_far_from_all_gets_the_list_only():
     with pytest.raises(RecipeError) as caught:
         find("xyzzy")
     assert str(caught.value) == f"unknown merge method 'xyzzy' (known: {', '.join(METHODS)})"
+
+
+def test_how_many_clients_a_method_takes():
+    assert 3 in Clients()
+    assert 0 not in Clients()
+    assert [count in Clients(2, 4) for count in (1, 2, 4, 5)] == [False, True, True, False]
+    words = [str(clients) for clients in (Clients(5), Clients(1, 1), Clients(2, 4), Clients(5, why="N >= 2 f + 3"))]
+    assert words == ["at least 5", "1", "2 to 4", "at least 5 (N >= 2 f + 3)"]
+
+
+def test_bounds_may_depend_on_the_settings():
+    assert build("krum", f=3).clients.fewest == 9
+    assert build("passthrough").clients == Clients(1, 1)
+    assert build("ties").clients == Clients()
+    assert [Clients(2, 4).nearest(count) for count in (1, 3, 9)] == [2, 3, 4]
+    assert [Clients(5).nearest(count) for count in (1, 9)] == [5, 9]

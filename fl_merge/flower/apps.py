@@ -37,6 +37,7 @@ class LoadedApp:
         run_config: `[tool.flwr.app.config]`, nested keys joined with dots, with the overrides.
         folder: where its pyproject.toml is.
         name: of the project.
+        overridden: the keys of its run config that are overrides.
     """
 
     server_app: ServerApp
@@ -45,6 +46,7 @@ class LoadedApp:
     run_config: dict[str, Scalar] = field(default_factory=dict)
     folder: Path | None = None
     name: str = "app"
+    overridden: frozenset[str] = frozenset()
 
 
 def load_app(folder: str | Path, overrides: Sequence[str] = ()) -> LoadedApp:
@@ -80,7 +82,7 @@ def load_app(folder: str | Path, overrides: Sequence[str] = ()) -> LoadedApp:
         defaults = flatten_dict(dict(_table(app, "config")))
     except ValueError as problem:
         raise RecipeError(f"'{pyproject}', [tool.flwr.app.config]: {' '.join(str(problem).split())}") from problem
-    run_config = defaults | _parsed_overrides(overrides, defaults)
+    overriding = _parsed_overrides(overrides, defaults)
 
     if str(folder) in sys.path:
         sys.path.remove(str(folder))
@@ -93,9 +95,10 @@ def load_app(folder: str | Path, overrides: Sequence[str] = ()) -> LoadedApp:
         server_app=_component(folder, "serverapp", references["serverapp"], ServerApp),
         client_app=_component(folder, "clientapp", references["clientapp"], ClientApp),
         client_app_ref=references["clientapp"],
-        run_config=run_config,
+        run_config=defaults | overriding,
         folder=folder,
         name=str(_table(project, "project").get("name", folder.name)),
+        overridden=frozenset(overriding),
     )
 
 

@@ -31,7 +31,6 @@ class CarriedModel:
         self.wire_record: ArrayRecord | None = None
         self._method, self._wire, self._tied = method, wire, tied
         self._model: GlobalModel | None = None
-        self._stand_in: ArrayRecord | None = None
 
     @property
     def model(self) -> GlobalModel:
@@ -50,24 +49,23 @@ class CarriedModel:
         Raises:
             RecipeError: if no run can start from it.
         """
-        if arrays is self.record or arrays is self._stand_in:
+        if arrays is self.record:
             return
         self._model = GlobalModel.initial(views(arrays), self._method, wire=self._wire, tied=self._tied)
         self.record = arrays
         self.wire_record = arrays if self._wire is None else to_record(self._model.sent, encoded=self._model.encoded)
 
-    def stand_in(self, arrays: ArrayRecord) -> ArrayRecord:
-        """What Flower's loop is given for the initial model, and keeps to its end: emptied once a round has merged."""
-        self._stand_in = ArrayRecord(dict(arrays))
-        return self._stand_in
+    def given_out(self) -> ArrayRecord:
+        """The model's record.
 
-    def meant_by(self, arrays: ArrayRecord) -> ArrayRecord:
-        """The model's record, if `arrays` stands for it."""
-        return self.record if arrays is self._stand_in and self.record is not None else arrays
+        Raises:
+            MergeError: before the first round.
+        """
+        if self.record is None:
+            raise MergeError("there is no global model yet")
+        return self.record
 
     def follow(self, model: GlobalModel) -> None:
-        """Go on with the model that a round has made."""
-        if self._stand_in is not None:
-            self._stand_in.clear()
+        """Go on with a model that a round has made."""
         self._model, self.record = model, to_record(model.tensors(), encoded=model.encoded)
         self.wire_record = self.record if self._wire is None else to_record(model.sent, encoded=model.encoded)

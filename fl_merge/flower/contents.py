@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from fl_merge.check import check_num_examples
 from fl_merge.errors import DecodeError, UpdateError, WeightError, one_line
 from fl_merge.flower.records import RecordSource
-from fl_merge.rounds import Refusal, average_metrics
+from fl_merge.rounds import Refusal, Round, average_metrics
 from fl_merge.types import Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -46,6 +46,14 @@ def read_metrics(content: RecordDict, weighted_by_key: str, max_num_examples: fl
         raise WeightError(f"the MetricRecord has no '{weighted_by_key}' (it has: {', '.join(records[0])})")
     num_examples = check_num_examples(records[0][weighted_by_key], max_num_examples)
     return num_examples, {key: value for key, value in records[0].items() if key != weighted_by_key}
+
+
+def take_in(collected: Round, client_id: str, message: Message, weighted_by_key: str) -> Refusal | None:
+    """Offer a reply to a round; gives why it was refused, None if it was not."""
+    if message.has_error():
+        return collected.refuse(client_id, f"client error: {last_line(message.error.reason)}")
+    largest = collected.max_num_examples
+    return collected.offer(client_id, lambda: read_update(client_id, message.content, weighted_by_key, largest))
 
 
 def without_arrays(content: RecordDict) -> RecordDict:

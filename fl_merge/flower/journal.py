@@ -12,6 +12,7 @@ from fl_merge.flower.watch import Evaluation, Watcher
 from fl_merge.model import GlobalModel
 from fl_merge.recipe import Recipe
 from fl_merge.rounds import Refusal, RoundReport
+from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.runs.folder import RunFolder
 from fl_merge.types import MergeMethod
 
@@ -22,16 +23,27 @@ class Journal(Watcher):
     Args:
         path: the folder, made when a run starts: an app that does not merge gets none.
         config: the run config, written beside the journal.
+        simulated: number of nodes and seed, where the run is simulated; written there too.
+        resumed: go on with the journal of the run that is there.
 
     Raises:
         RecipeError: if a run has already been written there.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        *,
+        simulated: Mapping[str, int] | None = None,
+        resumed: bool = False,
+    ) -> None:
         self.path = Path(path)
         self._config = dict(config)
+        self._simulated = simulated
+        self._resumed = resumed
         self._opened: RunFolder | None = None
-        if os.path.exists(self.path / "journal.jsonl"):
+        if not resumed and os.path.exists(self.path / "journal.jsonl"):
             raise RecipeError(f"run folder '{path}' already holds a run; give another one")
 
     @property
@@ -43,17 +55,24 @@ class Journal(Watcher):
     def _folder(self) -> RunFolder:
         if self._opened is None:
             try:
-                self._opened = RunFolder(self.path)
-                self._opened.write_config(self._config)
+                self._opened = RunFolder(self.path, resumed=self._resumed)
+                self._opened.write_config(self._config, self._simulated)
             except OSError as error:
                 raise RecipeError(f"run folder '{self.path}': {error.strerror or error}") from None
         return self._opened
 
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
+        self._write_recipe(method)
+        self._folder.record("run_started", rounds=num_rounds, method=str(method))
+
+    def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
+        self._write_recipe(method)
+        self._folder.record("resumed", rounds=num_rounds, method=str(method), after_round=after_round)
+
+    def _write_recipe(self, method: MergeMethod) -> None:
         recipe = Recipe.of(method)
         if recipe is not None:
             self._folder.write_recipe(recipe.to_yaml())
-        self._folder.record("run_started", rounds=num_rounds, method=str(method))
 
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._folder.record("round_started", round=round_number, sampled=sampled)
@@ -71,6 +90,9 @@ class Journal(Watcher):
         self._folder.record("round_ended", report=report)
         if report.merge is not None:
             self._folder.write_model(model.tensors(), round=report.round_number)
+
+    def checkpointed(self, checkpoint: Checkpoint) -> None:
+        checkpoint.write(self._folder.path)
 
     def clients_evaluated(self, evaluation: Evaluation) -> None:
         self._folder.record("clients_evaluated", evaluation=evaluation)

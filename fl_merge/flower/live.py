@@ -83,6 +83,10 @@ class Live(Watcher):
         self._rounds = num_rounds
         self._console.print(f"merging with {escape(str(method))}, {num_rounds} rounds", highlight=False, soft_wrap=True)
 
+    def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
+        self.run_started(num_rounds, method)
+        self._console.print(f"going on after round {after_round}", highlight=False)
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._round_started = time.perf_counter()
         self._bytes = {"train": 0, "evaluate": 0}

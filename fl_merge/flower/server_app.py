@@ -25,6 +25,7 @@ from torch import Tensor
 from fl_merge.errors import RecipeError
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.records import to_record, to_tensors
+from fl_merge.flower.resume import Resumption, resuming, resumption_here
 from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
 from fl_merge.recipe import Recipe
@@ -52,6 +53,8 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "wire-dtype": "",
     "seed": 0,
     "run-folder": "",
+    "resume": "",
+    "resume-force": False,
     "spill-folder": "",
     "max-spill-bytes": 0,
     "running-sum": False,
@@ -97,9 +100,14 @@ def run(
     tied = tied_names(state)
     handed = [to_record(state)]  # taken out where it is used: nothing here keeps the initial model for the whole run
     del state
+    resumption = resumption_here()
+    if settings["resume"]:
+        resumption = Resumption(Path(str(settings["resume"])), bool(settings["resume-force"]))
     watchers: list[Watcher] = []
-    if settings["run-folder"]:
-        watchers.append(Journal(str(settings["run-folder"]), config))
+    folder = str(settings["run-folder"]) or str(settings["resume"])
+    if folder:
+        same = resumption is not None and Path(folder).resolve() == resumption.folder.resolve()
+        watchers.append(Journal(folder, config, resumed=same))
     strategy = FedMerge(
         recipe.build(),
         fraction_train=float(settings["fraction-train"]),
@@ -125,13 +133,14 @@ def run(
             {key: float(value) for key, value in evaluate(config, server_round, to_tensors(model)).items()}
         )
 
-    strategy.start(
-        grid,
-        handed.pop(),
-        num_rounds=int(settings["num-server-rounds"]),
-        timeout=float(settings["round-timeout"]),
-        evaluate_fn=evaluated if evaluate is not None else None,
-    )
+    with resuming(resumption):
+        strategy.start(
+            grid,
+            handed.pop(),
+            num_rounds=int(settings["num-server-rounds"]),
+            timeout=float(settings["round-timeout"]),
+            evaluate_fn=evaluated if evaluate is not None else None,
+        )
 
 
 def _setting(key: str, value: object, default: bool | int | float | str) -> bool | int | float | str:

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -18,8 +19,10 @@ from fl_merge.flower.apps import LoadedApp, load_app, run_app
 from fl_merge.flower.inprocess import Workers
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.live import Live
+from fl_merge.flower.resume import Resumption, resuming
 from fl_merge.flower.watch import watching
 from fl_merge.recipe import Recipe
+from fl_merge.runs import read_config
 
 DEFAULT_NODES = 2
 
@@ -47,8 +50,10 @@ def simulate(
     overrides: Sequence[str] = (),
     recipe: str | Path | None = None,
     workers: Workers = "auto",
-    seed: int = 0,
+    seed: int | None = None,
     run_folder: str | Path | None = None,
+    resume: str | Path | None = None,
+    force: bool = False,
     verbose: bool = False,
     console: Console | None = None,
 ) -> Simulated:
@@ -60,8 +65,11 @@ def simulate(
         overrides: of the run config, `key=value`.
         recipe: a file that the app's run config key `recipe` is set to.
         workers: 0 for everything in this process, a number of worker processes, or "auto".
-        seed: of the clients' random numbers.
+        seed: of the clients' random numbers; 0 if left out.
         run_folder: where an app that uses FedMerge leaves its journal and model; runs/<time>-<app> by default.
+        resume: the folder of a run, with whose next round to go on there. Its run config, number of nodes and seed are
+            taken where nothing else is said.
+        force: resume although the method, the seed or the model's tensors are not those of the run.
         verbose: show Flower's own log too.
         console: where the progress goes.
 
@@ -72,6 +80,14 @@ def simulate(
     console = console or Console(stderr=True)
     app = load_app(folder, overrides)
     config: dict[str, bool | int | float | str] = {}
+    before: Mapping[str, Any] = {}
+    if resume is not None:
+        if run_folder is not None and Path(run_folder).resolve() != Path(resume).resolve():
+            raise RecipeError(f"a resumed run goes on in its own folder: found run folder '{run_folder}' beside it")
+        run_folder, before = resume, read_config(resume)
+        known = before.get("config", {})
+        config |= {key: known[key] for key in app.run_config if key in known and key not in app.overridden}
+        seed = before.get("seed") if seed is None else seed
     if recipe is not None:
         Recipe.load(recipe)
         if "recipe" not in app.run_config:
@@ -79,17 +95,22 @@ def simulate(
                 f"app '{app.name}' has no key 'recipe' in its run config, so it cannot take a recipe file"
             )
         config["recipe"] = str(Path(recipe).resolve())
-    count = nodes if nodes is not None else _nodes(app)
+    seed = 0 if seed is None else seed
+    count = nodes if nodes is not None else int(before.get("nodes", 0)) or _nodes(app)
     path = Path(run_folder) if run_folder is not None else _new_folder(app.name)
-    journal = Journal(path, app.run_config | config)
+    simulated = {"nodes": count, "seed": seed}
+    journal = Journal(path, app.run_config | config, simulated=simulated, resumed=resume is not None)
+    resumption = None if resume is None else Resumption(path, force)
     console.print(f"[bold]{app.name}[/bold]: {count} clients in this process", highlight=False)
     started = time.perf_counter()
     try:
-        with _flower_log(verbose), Live(console) as live, watching(live, journal):
+        with _flower_log(verbose), Live(console) as live, watching(live, journal), resuming(resumption):
             run_app(app, nodes=count, workers=workers, seed=seed, run_config=config, on_message=live.on_message)
     finally:
         if run_folder is None and not journal.written:
             path.rmdir()
+    if resume is not None and not journal.written:
+        raise RecipeError(f"app '{app.name}' does not merge with FedMerge, so it cannot be resumed; it ran anew")
     return Simulated(
         journal.path if journal.written else None, time.perf_counter() - started, live.messages, live.errors
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -20,31 +19,28 @@ from fl_merge.flower.contents import (
     Evaluations,
     MetricsFunction,
     client_of,
-    last_line,
     log_refused,
     metrics_of,
-    read_update,
+    take_in,
     without_arrays,
 )
+from fl_merge.flower.keeping import SPILL_ABOVE_BYTES, Keeping
+from fl_merge.flower.loop import run_rounds
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
+from fl_merge.flower.requests import Requests
+from fl_merge.flower.resume import Resumption, checkpoint_of, resumption_here
 from fl_merge.flower.sampling import RunFailedError, counted, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Refusal, Round, RoundReport, quorum
-from fl_merge.running import RunningSum, running_factor
-from fl_merge.spill import Spill
-from fl_merge.store import MemorySource
+from fl_merge.rounds import Round, RoundReport, quorum
 from fl_merge.types import MergeMethod
 
 __all__ = ["SPILL_ABOVE_BYTES", "FedMerge", "MetricsFunction", "RunFailedError"]
 
 logger = logging.getLogger("flwr")
-
-SPILL_ABOVE_BYTES = 10**9
-"""More bytes of updates in a round than this are kept on disk unless the operator says otherwise."""
 
 
 class FedMerge(Strategy):
@@ -124,17 +120,14 @@ class FedMerge(Strategy):
         whole_number("min_evaluate_nodes", min_evaluate_nodes, 0)
         whole_number("min_available_nodes", min_available_nodes, 0)
         whole_number("min_replies", 1 if min_replies is None else min_replies, 1)
-        whole_number("max_spill_bytes", 1 if max_spill_bytes is None else max_spill_bytes, 1)
-        whole_number("spill_above_bytes", 0 if spill_above_bytes is None else spill_above_bytes, 0)
         in_range("fraction_train", fraction_train, 0.0, 1.0)
         in_range("fraction_evaluate", fraction_evaluate, 0.0, 1.0)
         in_range("max_failures", max_failures, 0.0, 1.0)
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         self.method = as_method(method)
-        if running_sum:
-            running_factor(self.method)  # or it is refused
-        self.running_sum = running_sum
+        folder = None if spill_folder is None else Path(spill_folder)
+        self.keeping = Keeping(self.method, folder, max_spill_bytes, spill_above_bytes, running_sum)
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
@@ -152,12 +145,9 @@ class FedMerge(Strategy):
         self.seed = seed
         self.wire_dtype = wire_dtype_of(wire_dtype)
         self.tied = dict(tied or {})
-        self.spill_folder = None if spill_folder is None else Path(spill_folder)
-        self.max_spill_bytes = max_spill_bytes
-        self.spill_above_bytes = spill_above_bytes
         self.watchers = tuple(watchers)
         self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
-        self._asked: list[Metadata] = []  # of this phase's messages; their ids are set when they are pushed
+        self._requests = Requests()
         self._merged_rounds = 0
         self._failures: list[str] = []
 
@@ -194,49 +184,69 @@ class FedMerge(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        resume: str | Path | None = None,
+        force: bool = False,
     ) -> Result:
-        """Run the federation: Flower's own loop, with replies taken as they arrive.
+        """Run the federation: the rounds of Flower's `Strategy.start`, with replies taken as they arrive.
 
-        Args and Returns: as Flower's `Strategy.start`.
+        Args and Returns: as Flower's `Strategy.start`, and
+
+        Args:
+            resume: the folder of a run, with whose next round to go on: a run that is resumed gives the same numbers
+                as one that was not stopped. `initial_arrays` then only says what the model is to look like, and
+                `num_rounds` counts from the run's beginning.
+            force: resume although the method, the seed or the model's tensors are not those of the run.
 
         Raises:
-            RecipeError: if the method does not fit the model, before any client is asked.
+            RecipeError: if the method does not fit the model, or there is no such run to resume, before any client is
+                asked.
             RunFailedError: if no round made a model.
         """
-        self._adopt(initial_arrays)
-        stand_in = self._carried.stand_in(initial_arrays)
+        resumption = Resumption(Path(resume), force) if resume else resumption_here()
+        self._carried.adopt(initial_arrays)
         del initial_arrays
+        first = 1 if resumption is None else self._resume(resumption, num_rounds) + 1
         self._merged_rounds, self._failures = 0, []
-        watched = self._watched_evaluation(evaluate_fn) if evaluate_fn is not None else None
+        logger.info("Starting %s, rounds %d to %d:", type(self).__name__, first, num_rounds)
+        self.summary()
         for watcher in self._watchers():
-            watcher.run_started(num_rounds, self.method)
-        result = super().start(
-            RepliesAsTheyCome(grid), stand_in, num_rounds, timeout, train_config, evaluate_config, watched
+            if first == 1:
+                watcher.run_started(num_rounds, self.method)
+            else:
+                watcher.run_resumed(num_rounds, self.method, first - 1)
+        result = run_rounds(
+            self,
+            RepliesAsTheyCome(grid),
+            self._carried.given_out,
+            range(first, num_rounds + 1),
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            on_evaluation=self._evaluated,
         )
         if num_rounds > 0 and self.fraction_train > 0 and self._merged_rounds == 0:
-            raise RunFailedError(f"no round of {num_rounds} made a model; the last one: {self._failures[-1]}")
-        if not result.arrays:
-            assert self._carried.record is not None
-            result.arrays = self._carried.record
+            rounds = f"{num_rounds}" if first == 1 else f"{num_rounds - first + 1} since it was resumed"
+            raise RunFailedError(f"no round of {rounds} made a model; the last one: {self._failures[-1]}")
+        result.arrays = self._carried.given_out()
         return result
+
+    def _resume(self, resumption: Resumption, num_rounds: int) -> int:
+        """Make a checkpoint's model the global one; gives the number of the last round that is in it."""
+        checkpoint = resumption.read(self.method, self.seed, self.model, num_rounds)
+        self._carried.follow(checkpoint.model)
+        return checkpoint.round_number
 
     def _watchers(self) -> tuple[Watcher, ...]:
         return (*self.watchers, *watchers_here())
 
-    def _watched_evaluation(
-        self, evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None]
-    ) -> Callable[[int, ArrayRecord], MetricRecord | None]:
-        def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            metrics = evaluate_fn(server_round, self._carried.meant_by(arrays))
-            if metrics is not None:
-                for watcher in self._watchers():
-                    watcher.server_evaluated(server_round, dict(metrics))
-            return metrics
+    def _tell(self, what: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers():
+            what(watcher)
 
-        return evaluated
-
-    def _adopt(self, arrays: ArrayRecord) -> None:
-        self._carried.adopt(arrays)
+    def _evaluated(self, server_round: int, metrics: MetricRecord) -> None:
+        self._tell(lambda watcher: watcher.server_evaluated(server_round, dict(metrics)))
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -244,10 +254,9 @@ class FedMerge(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The messages that ask the sampled nodes to train."""
-        self._adopt(arrays)
+        self._carried.adopt(arrays)
         if self.fraction_train == 0.0:
-            self._asked = []
-            return []
+            return self._requests.ask_nobody()
         try:
             nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
         except RunFailedError as error:
@@ -264,7 +273,7 @@ class FedMerge(Strategy):
                 raise RecipeError(problem)
             return self._no_round(server_round, problem)
         try:
-            with self._spill(len(nodes)) as spill:
+            with self.keeping.spill(len(nodes), self.model) as spill:
                 if spill is not None:
                     give_back_large_blocks()
                     spill.open()
@@ -274,30 +283,15 @@ class FedMerge(Strategy):
             if self._merged_rounds == 0:
                 raise RunFailedError(str(error)) from error
             return self._no_round(server_round, str(error))
-        for watcher in self._watchers():
-            watcher.round_started(server_round, tuple(str(node) for node in nodes))
+        self._tell(lambda watcher: watcher.round_started(server_round, tuple(str(node) for node in nodes)))
         return self._messages(server_round, config, nodes, MessageType.TRAIN)
-
-    def _spill(self, clients: int) -> Spill | contextlib.nullcontext[None]:
-        """Where the updates of a round of so many clients are kept; None for in memory."""
-        num_bytes = clients * sum(spec.nbytes for spec in self.model.specs().values())
-        if self.spill_folder is None and (self.spill_above_bytes is None or num_bytes <= self.spill_above_bytes):
-            return contextlib.nullcontext()
-        return Spill(self.spill_folder, self.max_spill_bytes, clients)
-
-    def _running_sum(self, server_round: int, spill: Spill | None) -> RunningSum | None:
-        if spill is None or not self.running_sum:
-            return None
-        base = MemorySource(self.model.sent, self.model.tied)
-        return RunningSum(self.method, base, spill.open(), seed=self.seed, round_number=server_round)
 
     def _no_round(self, server_round: int, why: str) -> list[Message]:
         """A round that asks nobody, because too few nodes are left: it fails, and the model stands."""
-        self._asked = []
         logger.error("round %d made no model, the old one stands: %s", server_round, why)
-        for watcher in self._watchers():
-            watcher.round_ended(RoundReport(server_round, (), (), (), None, why, 0.0), self.model)
-        return []
+        report = RoundReport(server_round, (), (), (), None, why, 0.0)
+        self._tell(lambda watcher: watcher.round_ended(report, self.model))
+        return self._requests.ask_nobody()
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -307,29 +301,34 @@ class FedMerge(Strategy):
         Returns:
             The new model and the round's metrics; (None, None) if the round failed: the old model then stands.
         """
-        if not self._asked:
+        asked = self._requests.clients
+        if not asked:
             return None, None
         contents: dict[str, RecordDict] = {}
-        askers = self._asked_by_id()
-        with self._spill(len(self._asked)) as spill:
+        askers = self._requests.by_id()
+        with self.keeping.spill(len(asked), self.model) as spill:
             collected = Round(
                 server_round,
                 self.model,
                 self.method,
-                tuple(str(about.dst_node_id) for about in self._asked),
+                asked,
                 min_replies=self.min_replies,
                 max_failures=self.max_failures,
                 seed=self.seed,
                 max_num_examples=self.max_num_examples,
                 wire=self.wire_dtype,
                 spill=spill,
-                running=self._running_sum(server_round, spill),
+                running=self.keeping.sum_in(spill, self.model, self.seed, server_round),
             )
             for message in replies:
                 client_id = client_of(message, askers)
-                kept = self._take_in(collected, client_id, message, arrays_too=spill is None)
-                if kept is not None:
-                    contents[client_id] = kept
+                started = time.perf_counter()
+                refusal = take_in(collected, client_id, message, self.weighted_by_key)
+                seconds = time.perf_counter() - started
+                for watcher in self._watchers():
+                    watcher.replied(server_round, client_id, refusal, seconds)
+                if refusal is None and self.train_metrics_aggr_fn is not None:  # else nobody will ask
+                    contents[client_id] = message.content if spill is None else without_arrays(message.content)
                 del message  # or it would stay until the next one is there
             model, report = collected.merge()
             del collected  # and with it the updates
@@ -343,28 +342,12 @@ class FedMerge(Strategy):
             self._carried.follow(model)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
-        for watcher in self._watchers():
-            watcher.round_ended(report, self.model)
-        return (None, None) if model is None else (self._carried.record, metrics)
-
-    def _take_in(
-        self, collected: Round, client_id: str, message: Message, *, arrays_too: bool = True
-    ) -> RecordDict | None:
-        """Offer a reply to the round; gives what the round's metrics are made of, None if it was refused."""
-        started = time.perf_counter()
-        if message.has_error():
-            refusal: Refusal | None = collected.refuse(client_id, f"client error: {last_line(message.error.reason)}")
-        else:
-            refusal = collected.offer(
-                client_id, lambda: read_update(client_id, message.content, self.weighted_by_key, self.max_num_examples)
-            )
-        for watcher in self._watchers():
-            watcher.replied(collected.number, client_id, refusal, time.perf_counter() - started)
-        if refusal is not None:
-            return None
-        if self.train_metrics_aggr_fn is None:  # nobody will ask
-            return RecordDict()
-        return message.content if arrays_too else without_arrays(message.content)
+        self._tell(lambda watcher: watcher.round_ended(report, self.model))
+        if model is None:
+            return None, None
+        checkpoint = checkpoint_of(self.method, self.seed, server_round, model)
+        self._tell(lambda watcher: watcher.checkpointed(checkpoint))
+        return self._carried.record, metrics
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
@@ -372,23 +355,20 @@ class FedMerge(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The messages that ask the sampled nodes to evaluate the global model."""
-        self._adopt(arrays)
+        self._carried.adopt(arrays)
         if self.fraction_evaluate == 0.0:
-            self._asked = []
-            return []
+            return self._requests.ask_nobody()
         try:
             nodes = self._sample(grid, server_round, "evaluate", self.fraction_evaluate, self.min_evaluate_nodes)
         except RunFailedError as error:
             logger.warning("round %d is not evaluated: %s", server_round, error)
-            self._asked = []
-            return []
+            return self._requests.ask_nobody()
         return self._messages(server_round, config, nodes, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The metrics of the usable replies, averaged; None if there are none."""
-        askers = self._asked_by_id()
-        asked = [str(about.dst_node_id) for about in self._asked]
-        found = Evaluations(asked, self.weighted_by_key, self.max_num_examples)
+        askers, asked = self._requests.by_id(), self._requests.clients
+        found = Evaluations(list(asked), self.weighted_by_key, self.max_num_examples)
         for message in replies:
             found.take_in(client_of(message, askers), message)
         if not asked:
@@ -400,8 +380,7 @@ class FedMerge(Strategy):
         if found.reports:
             metrics = metrics_of(self.evaluate_metrics_aggr_fn, found.contents, found.reports, self.weighted_by_key)
         evaluation = Evaluation(server_round, found.reports, refused, dict(metrics or {}))
-        for watcher in self._watchers():
-            watcher.clients_evaluated(evaluation)
+        self._tell(lambda watcher: watcher.clients_evaluated(evaluation))
         return metrics
 
     # --- shared ----------------------------------------------------------------------------------------------------
@@ -422,12 +401,4 @@ class FedMerge(Strategy):
         settings["server-round"] = server_round
         assert self._carried.wire_record is not None
         content = RecordDict({self.arrayrecord_key: self._carried.wire_record, self.configrecord_key: settings})
-        messages = [
-            Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
-        ]
-        self._asked = [message.metadata for message in messages]
-        return messages
-
-    def _asked_by_id(self) -> dict[str, str]:
-        """Node ids by the ids of the requests; empty if the messages have not been sent through a Grid."""
-        return {about.message_id: str(about.dst_node_id) for about in self._asked if about.message_id}
+        return self._requests.ask(nodes, content, message_type, server_round)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import uuid4
@@ -95,7 +96,7 @@ class Tasks:
         self._queue: dict[str, Task] = {}  # message id -> pushed and not begun, in order
         self._busy: dict[int, str] = {}  # node id -> id of the message it runs
         self._replies: dict[str, Message] = {}  # message id -> its reply, not fetched yet, in order of arrival
-        self._num_pushed = dict.fromkeys(contexts, 0)
+        self._num_pushed: Counter[tuple[int, str, str]] = Counter()  # node, type, group
         self._telling = threading.Lock()
         self._failed_before = False
 
@@ -114,8 +115,9 @@ class Tasks:
                 reason = f"there is no node {about.dst_node_id}"
                 self._replies[about.message_id] = error_reply(message, ErrorCode.NODE_UNAVAILABLE, reason)
                 return
-            task = Task(message, message_seed(self._seed, about.dst_node_id, self._num_pushed[about.dst_node_id]))
-            self._num_pushed[task.node_id] += 1
+            kind = (about.dst_node_id, about.message_type, about.group_id)
+            task = Task(message, message_seed(self._seed, *kind, self._num_pushed[kind]))
+            self._num_pushed[kind] += 1
             self._queue[task.id] = task
             self.changed.notify_all()
 

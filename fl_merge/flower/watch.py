@@ -14,6 +14,7 @@ from typing import Any
 
 from fl_merge.model import GlobalModel
 from fl_merge.rounds import Refusal, RoundReport
+from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.types import MergeMethod
 
 
@@ -40,6 +41,10 @@ class Watcher:
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
         """The first round is about to begin."""
 
+    def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
+        """A run goes on that had made so many rounds; `num_rounds` counts from its beginning."""
+        self.run_started(num_rounds, method)
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         """These clients are being asked to train."""
 
@@ -48,6 +53,9 @@ class Watcher:
 
     def round_ended(self, report: RoundReport, model: GlobalModel) -> None:
         """The round is merged or has failed; `model` is the global model from now on."""
+
+    def checkpointed(self, checkpoint: Checkpoint) -> None:
+        """The round made a model, and this is all that a run would go on from."""
 
     def clients_evaluated(self, evaluation: Evaluation) -> None:
         """Clients evaluated the global model."""

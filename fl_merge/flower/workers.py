@@ -73,9 +73,12 @@ class WorkerDiedError(Exception):
     """A worker process ended while it held a message."""
 
 
-def message_seed(run_seed: int, node_id: int, nth_message: int) -> int:
-    """A 64-bit seed from the run's seed, the node and how many messages the node got before."""
-    text = f"{run_seed}/{node_id}/{nth_message}"
+def message_seed(run_seed: int, node_id: int, message_type: str, group_id: str, nth_message: int) -> int:
+    """A 64-bit seed from the run's seed, the node, the kind of message, and how many of these the node got before.
+
+    Strategies write the round's number into the group, so a run that is resumed draws what it would have drawn.
+    """
+    text = f"{run_seed}/{node_id}/{message_type}/{group_id}/{nth_message}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

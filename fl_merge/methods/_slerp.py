@@ -10,7 +10,7 @@ from fl_merge.shapes import ScopeName, Span
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Shoemake, 1985, SIGGRAPH 19(3)")
+@merge_method(paper="Shoemake, 1985, SIGGRAPH 19(3)", base=False, passes="2")
 def slerp(*, on: Literal["weights", "deltas"] = "weights", scope: ScopeName = "tensor") -> Span:
     """Go along the arc between two models; more than two are folded in sequence.
 

@@ -9,7 +9,7 @@ from fl_merge.shapes import Span
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Ilharco et al., 2022, arXiv:2212.04089")
+@merge_method(paper="Ilharco et al., 2022, arXiv:2212.04089", additive=True)
 def task_arithmetic(
     *, scale: Scale = 1.0, coefficients: Mapping[str, float] | None = None, normalize: bool = True
 ) -> Span:

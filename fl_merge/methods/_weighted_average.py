@@ -2,7 +2,11 @@ from fl_merge.method import merge_method
 from fl_merge.shapes import Span
 
 
-@merge_method(paper="McMahan et al., 2017, arXiv:1602.05629; model soups: Wortsman et al., 2022, arXiv:2203.05482")
+@merge_method(
+    paper="McMahan et al., 2017, arXiv:1602.05629; model soups: Wortsman et al., 2022, arXiv:2203.05482",
+    base=False,
+    additive=True,
+)
 def weighted_average() -> Span:
     """Average the clients' models, weighted by their numbers of examples (FedAvg, model soup).
 

@@ -62,13 +62,13 @@ def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:
     return (deltas_NS.sign() == sign_S) & (sign_S != 0)
 
 
-def add_scaled_delta(total_S: Tensor, base_S: Tensor, client_S: Tensor, coefficient: float) -> None:
+def add_scaled_delta(total_S: Tensor, base_S: Tensor, client_S: Tensor, coefficient: float | Tensor) -> None:
     """total_S += (client_S - base_S) * coefficient, in place: a sum over clients is run one client at a time.
 
     Args:
         total_S, base_S: (S,), float64.
         client_S: (S,), a floating dtype.
-        coefficient: of this client.
+        coefficient: of this client; (S,) float64 where each element has its own.
     """
     delta_S = client_S.to(total_S.device, torch.float64) - base_S
     total_S += delta_S.mul_(coefficient)

@@ -42,6 +42,20 @@ def gram_partials(vectors_NS: Tensor) -> Tensor:
     return torch.cat(partials)
 
 
+def gram_of_lines(vectors_NRC: Tensor, along: str) -> Tensor:
+    """Inner products of every pair of vectors for each row or each column of matrices.
+
+    Args:
+        vectors_NRC: (N, rows, columns), float64.
+        along: "rows" or "columns".
+
+    Returns:
+        (rows, N, N) or (columns, N, N), float64.
+    """
+    vectors_VNS = vectors_NRC.permute(1, 0, 2) if along == "rows" else vectors_NRC.permute(2, 0, 1)
+    return torch.bmm(vectors_VNS, vectors_VNS.transpose(1, 2))
+
+
 class GramSum:
     """The Gram matrix, from the partial sums of all blocks given in order. How they are grouped makes no difference.
 
@@ -77,10 +91,19 @@ class GramSum:
         sum_NN = _added(self._pending)
         for each_NN in self._sums:
             sum_NN = sum_NN if each_NN is None else each_NN + sum_NN
-        gram_NN = torch.triu(sum_NN) + torch.triu(sum_NN, 1).T
-        if not torch.isfinite(gram_NN).all():
-            raise MergeError("an inner product of the clients' models is beyond float64")
-        return gram_NN
+        return finite_gram(sum_NN)
+
+
+def finite_gram(sum_NN: Tensor) -> Tensor:
+    """A Gram matrix (or several) that is symmetric to the last bit.
+
+    Raises:
+        MergeError: if a product or a sum is beyond float64.
+    """
+    gram_NN = torch.triu(sum_NN) + torch.triu(sum_NN, 1).transpose(-2, -1)
+    if not torch.isfinite(gram_NN).all():
+        raise MergeError("an inner product of the clients' models is beyond float64")
+    return gram_NN
 
 
 def _added(partials: Tensor) -> Tensor:

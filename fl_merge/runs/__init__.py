@@ -1,5 +1,6 @@
-"""What a run leaves behind."""
+"""What a run leaves behind, and what it goes on from."""
 
-from fl_merge.runs.folder import RunFolder
+from fl_merge.runs.checkpoint import Checkpoint
+from fl_merge.runs.folder import RunFolder, read_config
 
-__all__ = ["RunFolder"]
+__all__ = ["Checkpoint", "RunFolder", "read_config"]

@@ -16,6 +16,7 @@ from fl_merge.store.format import (
     claim,
     fill,
     layout,
+    tensor_file,
     write_text,
 )
 from fl_merge.store.lock import Held, lock_folder
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "lock_folder",
     "save",
+    "tensor_file",
     "tied_names",
     "write_text",
 ]

@@ -126,6 +126,22 @@ def fill(descriptor: int, start: int, count: int) -> None:
         at += os.pwrite(descriptor, block[: end - at], at)
 
 
+def tensor_file(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A safetensors file of these tensors, for small ones (adapters).
+
+    Raises:
+        MergeError: if one cannot be stored.
+    """
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    check_storable(specs)
+    head, places, size = layout(specs, {"format": "pt"})
+    data = bytearray(head) + bytearray(size)
+    for name, at in places.items():
+        raw = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        data[at : at + raw.numel()] = raw.numpy().tobytes()
+    return bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never half of it."""
     temporary = temporary_name(path)

@@ -12,13 +12,15 @@ import typing
 import pytest
 import torch
 
-from fl_merge import METHODS, FlMergeError, RecipeError, build, merge
+from fl_merge import METHODS, FlMergeError, MergeError, RecipeError, build, merge
 from fl_merge.hyperparameters import Range
-from fl_merge.method import MethodEntry
+from fl_merge.method import Clients, MethodEntry
 from fl_merge.types import TensorSpec
 
 HUGE = 10**9
-WEIGHTS = {"7": 3.0, "12": 1.0, "100": 5.5}  # in the cohort's order, which is not that of the alphabet
+USUAL = 3  # how many clients take part where the method does not say otherwise
+WEIGHTS = {"7": 3.0, "12": 1.0, "100": 5.5, "101": 2.0, "x": 1.5, "y": 4.0, "z": 0.5}
+"""Of all clients there are, in the cohort's order, which is not that of the alphabet."""
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -50,12 +52,16 @@ def base_model() -> dict[str, torch.Tensor]:
 
 
 def moved(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """A client's model: floating tensors moved, but for some elements; non-contiguous ones stay so."""
-    draw = torch.Generator().manual_seed(seed)
+    """A client's model: floating tensors moved, but for some elements; non-contiguous ones stay so.
+
+    A part of each step is common to all clients, as it is where they learn the same.
+    """
+    draw, common_draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(2)
     model = {}
     for name, tensor in base.items():
         if tensor.is_floating_point():
-            step = torch.randn(tensor.shape, generator=draw) * 0.1
+            common = torch.randn(tensor.shape, generator=common_draw)
+            step = (torch.randn(tensor.shape, generator=draw) + common) * 0.07
             step[torch.rand(tensor.shape, generator=draw) < 0.1] = 0.0
             new = tensor.clone(memory_format=torch.preserve_format)
             model[name] = new.copy_((tensor.double() + step).to(tensor.dtype))
@@ -67,6 +73,24 @@ def moved(base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
 
 BASE = base_model()
 CLIENTS = {client_id: moved(BASE, 10 + i) for i, client_id in enumerate(WEIGHTS)}
+
+
+def takes(entry: MethodEntry, settings: dict) -> Clients:
+    """How many clients the method takes with these settings; no more than there are."""
+    found = entry.factory(**settings).clients
+    assert found.fewest <= len(CLIENTS), "the battery needs more clients for this method"
+    return found
+
+
+def usual(entry: MethodEntry, settings: dict) -> list[str]:
+    """The clients that take part: three, or as near to it as the method can have."""
+    return list(CLIENTS)[: takes(entry, settings).nearest(USUAL)]
+
+
+def counts(entry: MethodEntry, settings: dict, wanted: tuple[int, ...]) -> list[int]:
+    """Those of the wanted numbers of clients that the method takes, and the fewest that it takes."""
+    bounds = takes(entry, settings)
+    return sorted({bounds.fewest, *(count for count in wanted if count in bounds)})
 
 
 def bits(model: dict[str, torch.Tensor]) -> dict[str, bytes]:
@@ -153,17 +177,27 @@ def settings_text(settings: dict) -> str:
     return ",".join(f"{key}={value}" for key, value in settings.items()) or "defaults"
 
 
+def refused_counts(entry: MethodEntry, settings: dict) -> list[int]:
+    """The numbers of clients just outside of those that the method takes."""
+    bounds = takes(entry, settings)
+    return [bounds.fewest - 1] * (bounds.fewest > 1) + ([bounds.most + 1] if bounds.most is not None else [])
+
+
 # --- properties of the numbers ---------------------------------------------------------------------------------------
 
 
-def run(entry: MethodEntry, settings: dict, base=BASE, clients=CLIENTS, weights=WEIGHTS, **options) -> dict:
+def run(entry: MethodEntry, settings: dict, base=BASE, clients=None, weights=WEIGHTS, **options) -> dict:
+    if clients is None:
+        clients = {client_id: CLIENTS[client_id] for client_id in usual(entry, settings)}
+    weights = {client_id: weights[client_id] for client_id in clients}
     return merge(entry.factory(**settings), base, clients, weights, seed=5, **options)
 
 
 def order_threads_and_slices_do_not_matter(entry: MethodEntry, settings: dict) -> None:
     """Any order of arrival, number of threads and size of slices gives the same bytes, and so does a second run."""
     wanted = bits(run(entry, settings, threads=1, slice_elements=HUGE))
-    orders = [["100", "12", "7"], ["12", "7", "100"], ["7", "100", "12"], ["7", "12", "100"]]
+    here = usual(entry, settings)
+    orders = [here[::-1], here[1:] + here[:1], here[:1] + here[:0:-1], here]
     ways = [(1, 16384), (2, 32768), (3, 16384), (3, HUGE)]
     for order, (threads, slice_elements) in zip(orders, ways, strict=True):
         arrived = {client_id: CLIENTS[client_id] for client_id in order}
@@ -181,7 +215,7 @@ def outputs_are_as_planned_and_finite(entry: MethodEntry, settings: dict) -> Non
     assert all(torch.isfinite(tensor).all() for tensor in result.values())
     assert torch.equal(result["positions"], BASE["positions"])
     assert torch.equal(result["mask"], BASE["mask"])
-    assert result["norm.num_batches_tracked"] == 12
+    assert result["norm.num_batches_tracked"] == 9 + len(usual(entry, settings))
     still = [n for n, t in BASE.items() if t.is_floating_point() and t.numel() > 1 and torch.equal(t, result[n])]
     assert not still, "the clients moved these tensors and the merged model did not"
 
@@ -197,10 +231,19 @@ def inputs_are_not_modified(entry: MethodEntry, settings: dict) -> None:
 
 def no_movement_gives_the_base(entry: MethodEntry, settings: dict) -> None:
     """If every client sends the base, the merged model is the base bit for bit, however many there are."""
-    for count in (1, 2, 3, 7, 11):
+    for count in counts(entry, settings, (1, 2, 3, 7, 11)):
         clients = {str(i): BASE for i in range(count)}
         weights = {str(i): 1.0 + 0.37 * i for i in range(count)}
         assert bits(run(entry, settings, clients=clients, weights=weights)) == bits(BASE), f"{count} clients"
+
+
+def other_numbers_of_clients_are_refused(entry: MethodEntry, settings: dict) -> None:
+    """One client fewer than the method takes, or one more: an error that names the method and says what it wants."""
+    for count in refused_counts(entry, settings):
+        clients = {str(i): CLIENTS["12"] for i in range(count)}
+        weights = dict.fromkeys(clients, 1.0)
+        with pytest.raises(MergeError, match=rf"^{entry.name}\(.*\): found {count} clients?, wanted "):
+            run(entry, settings, clients=clients, weights=weights)
 
 
 def one_client_gives_that_client(entry: MethodEntry, settings: dict) -> None:
@@ -212,7 +255,7 @@ def one_client_gives_that_client(entry: MethodEntry, settings: dict) -> None:
 
 def identical_clients_give_that_model(entry: MethodEntry, settings: dict) -> None:
     """Several clients with the same model, whatever their weights."""
-    for count in (2, 5):
+    for count in counts(entry, settings, (2, 5)):
         clients = {str(i): CLIENTS["12"] for i in range(count)}
         weights = {str(i): 1.0 + i for i in range(count)}
         assert_within_ulps(run(entry, settings, clients=clients, weights=weights), CLIENTS["12"], BASE, 4)
@@ -243,6 +286,8 @@ def unknown_settings_are_refused_with_the_nearest(entry: MethodEntry) -> None:
         entry.factory(zzqq=1)
     for name in entry.parameters:
         typo = name[:-2] + name[-1]
+        if typo == name:  # of one letter, to which nothing is near
+            continue
         with pytest.raises(RecipeError) as caught:
             entry.factory(**{typo: 1})
         assert str(caught.value).startswith(f"{entry.name} has no parameter '{typo}'; did you mean '{name}'? (known: ")
@@ -278,7 +323,6 @@ NUMBERS = [
     inputs_are_not_modified,
     no_movement_gives_the_base,
 ]
-IDENTITIES = [one_client_gives_that_client, identical_clients_give_that_model]
 SETTINGS = [
     bad_settings_are_refused_at_construction,
     unknown_settings_are_refused_with_the_nearest,
@@ -290,9 +334,15 @@ SETTINGS = [
 def cases(entry: MethodEntry) -> list[tuple]:
     """Every property with every setting to try it with: (property, arguments, name)."""
     found: list[tuple] = []
+    if entry.merges == "adapters":  # their numbers have a battery of their own, tests/adapters
+        return [(check, (entry,), "") for check in SETTINGS]
     for settings in variants(entry):
         found += [(check, (entry, settings), settings_text(settings)) for check in NUMBERS]
+        if refused_counts(entry, settings):
+            found.append((other_numbers_of_clients_are_refused, (entry, settings), settings_text(settings)))
     for settings in identity_variants(entry):
-        found += [(check, (entry, settings), settings_text(settings)) for check in IDENTITIES]
+        found.append((identical_clients_give_that_model, (entry, settings), settings_text(settings)))
+        if 1 in takes(entry, settings):
+            found.append((one_client_gives_that_client, (entry, settings), settings_text(settings)))
     found += [(check, (entry,), "") for check in SETTINGS]
     return found

@@ -1,0 +1,86 @@
+"""What a client, or the server for its evaluation, does with a model that it was sent: rebuild, train, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from language_clients import base, lora
+from language_clients.corpus import Document
+from language_clients.settings import Settings
+from language_clients.tokens import Tokenizer
+from language_clients.training import bits_per_byte, finetune
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model that is ready to be used, and its tokenizer.
+
+    Args:
+        model: of transformers, or of peft round one.
+        tokenizer: from documents to tokens.
+        settings: of the run.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    settings: Settings
+
+    def finetune(self, documents: Sequence[Document], key: object) -> float:
+        """Train on the documents as the settings say; the last steps' loss in nats a token."""
+        settings = self.settings
+        return finetune(
+            self.model,
+            self.tokenizer(documents),
+            steps=settings.local_steps,
+            batch_size=settings.batch_size,
+            length=settings.sequence_length,
+            learning_rate=settings.learning_rate,
+            key=key,
+        )
+
+    def bits_per_byte(self, documents: Sequence[Document]) -> tuple[float, float]:
+        """Bits per byte of the documents, and on how many bytes they were measured."""
+        return bits_per_byte(
+            self.model,
+            self.tokenizer(documents),
+            length=self.settings.sequence_length,
+            limit=self.settings.evaluation_bytes,
+            num_bytes=self.tokenizer.num_bytes,
+        )
+
+    def num_sequences(self, documents: Sequence[Document]) -> int:
+        """How many sequences the documents are: a client's number of examples."""
+        return max(1, len(self.tokenizer(documents)) // self.settings.sequence_length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is sent: all weights, or the adapter's."""
+        if self.settings.uses_adapters:
+            return lora.take(self.model)
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+
+def rebuilt(settings: Settings, tensors: Mapping[str, Tensor], *, rank: int = 0, alpha: float = 0.0) -> Local:
+    """The model with these weights, or the base with this adapter.
+
+    Args:
+        settings: of the run.
+        tensors: all weights, or an adapter of any rank.
+        rank, alpha: of the adapter that the model gets; 0 where all weights are trained.
+
+    Raises:
+        ValueError: if the tensors do not fit the model that the settings name.
+    """
+    model = base.load(settings)
+    if settings.uses_adapters:
+        model = lora.wrap(model, rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed)
+        lora.put(model, tensors)
+    else:
+        try:
+            model.load_state_dict(dict(tensors))
+        except RuntimeError as problem:
+            raise ValueError(f"the model that was sent is not the one that the settings name: {problem}") from problem
+    return Local(model, base.tokenizer(settings), settings)

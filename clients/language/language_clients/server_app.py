@@ -1,0 +1,49 @@
+"""The server of the language app: fl_merge's own, given where the model starts and how to judge it between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fl_merge.flower.server_app import make_server_app
+from language_clients import base, corpus, local, lora
+from language_clients.settings import Settings
+
+
+def initial(run_config: Mapping[str, object]) -> dict[str, Tensor]:
+    """What round 1 starts from: the base's weights in its own dtype, or an untrained adapter of the largest rank."""
+    settings = Settings.read(run_config)
+    if not settings.uses_adapters:
+        return {name: tensor.detach() for name, tensor in base.load(settings, "auto").state_dict().items()}
+    rank = max(settings.adapter_ranks)
+    alpha = settings.alpha(settings.adapter_ranks.index(rank))
+    wrapped = lora.wrap(
+        base.load(settings), rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed
+    )
+    return lora.take(wrapped)
+
+
+def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bits per byte on the server's own validation documents, never on a client's test documents.
+
+    Returns:
+        `bits-per-byte/<domain>` for each of the clients' domains and for the public one, the mean over the clients'
+        `bits-per-byte`, and the largest of them `worst`.
+    """
+    settings = Settings.read(run_config)
+    rank = lora.rank_of(state) if settings.uses_adapters else 0
+    here = local.rebuilt(settings, state, rank=rank, alpha=settings.alpha(0) / settings.rank(0) * rank if rank else 0.0)
+    bits = {
+        domain: here.bits_per_byte(documents)[0]
+        for domain, documents in corpus.validation_documents(settings.seed).items()
+    }
+    private = [bits[domain] for domain in corpus.DOMAINS]
+    return {
+        "bits-per-byte": sum(private) / len(private),
+        "worst": max(private),
+        **{f"bits-per-byte/{domain}": value for domain, value in bits.items()},
+    }
+
+
+app = make_server_app(initial=initial, evaluate=evaluate)

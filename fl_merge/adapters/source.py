@@ -1,0 +1,143 @@
+"""An adapter as a source of plain factors: every scaling in B, the fused experts of a mixture one by one.
+
+PEFT keeps the factors of E experts in two matrices, A (E r, in), an expert's rows together, and B (out, r E), an
+expert's columns E apart. Here each expert is a module of its own, `x[e]`: their products are merged, and no other.
+
+Suffixes: E experts, R rank, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fl_merge.adapters.config import AdapterConfig
+from fl_merge.errors import MergeError, TensorMismatchError
+from fl_merge.lowrank import Pair, pairs_of
+from fl_merge.types import TensorSource, TensorSpec, compute_dtype
+
+_EXPERT = re.compile(r"(.*)\[(\d+)\]$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor comes from: in the file, and which expert of how many, and what it is multiplied by."""
+
+    name: str
+    factor: float = 1.0
+    expert: int = 0
+    experts: int = 1
+    is_b: bool = False
+
+
+class PlainAdapter:
+    """The tensors of an adapter with scaling 1: what `merge_adapters` and the methods for adapters read.
+
+    Args:
+        config: its configuration.
+        tensors: under PEFT's names.
+
+    Raises:
+        TensorMismatchError: if factors do not fit each other or the configuration, naming the tensor.
+    """
+
+    def __init__(self, config: AdapterConfig, tensors: TensorSource) -> None:
+        self.config = config
+        self._tensors = tensors
+        self._specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, _Place] = {}
+        self.scalings: dict[str, float] = {}
+        self.experts: dict[str, int] = {}
+        try:
+            pairs, others = pairs_of(tensors.specs())
+        except MergeError as error:
+            raise TensorMismatchError(str(error)) from None
+        if not pairs:
+            raise TensorMismatchError("no tensor 'lora_A' with its 'lora_B'; wanted a LoRA adapter")
+        for name in others:
+            if ".lora_" in name or "trainable_tokens" in name:
+                raise TensorMismatchError("a kind of tensor that cannot be merged as a product", tensor=name)
+            self._specs[name], self._places[name] = tensors.specs()[name], _Place(name)
+        for module in sorted(pairs):
+            self._take(pairs[module])
+
+    def _take(self, pair: Pair) -> None:
+        problem = pair.problem()
+        if problem is not None:
+            raise TensorMismatchError(problem, tensor=pair.a)
+        rank, scaling = self.config.rank_of(pair.module), self.config.scaling_of(pair.module)
+        experts = pair.rank // rank if self.config.has_parameters and len(pair.a_spec.shape) == 2 else 1
+        if experts * rank != pair.rank:
+            pattern = " (with target_parameters, a rank_pattern is not understood)" if experts > 1 else ""
+            raise TensorMismatchError(f"rank {pair.rank}, the configuration has {rank}{pattern}", tensor=pair.a)
+        if experts > 1:
+            self.experts[pair.module] = experts
+        a_spec, b_spec = pair.of_rank(rank)
+        for expert in range(experts):
+            module = f"{pair.module}[{expert}]" if experts > 1 else pair.module
+            a, b = (module + name.removeprefix(pair.module) for name in (pair.a, pair.b))
+            self._specs[a] = TensorSpec(a_spec.shape, compute_dtype(a_spec.dtype))
+            self._specs[b] = TensorSpec(b_spec.shape, compute_dtype(b_spec.dtype))
+            self._places[a] = _Place(pair.a, 1.0, expert, experts)
+            self._places[b] = _Place(pair.b, scaling, expert, experts, is_b=True)
+            self.scalings[module] = scaling
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Names, shapes and dtypes; factors in the dtype in which they are merged."""
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; of a B, times the module's scaling."""
+        place = self._places[name]
+        tensor = self._tensors.read(place.name)
+        if name not in self._specs or not tensor.dtype.is_floating_point:
+            return tensor
+        if place.experts > 1:
+            tensor = _expert_of(tensor, place)
+        wide = tensor.to(self._specs[name].dtype)
+        return wide * place.factor if place.factor != 1.0 else wide
+
+    def aliases(self) -> Mapping[str, str]:
+        """None: an adapter's file stores each tensor once."""
+        return {}
+
+
+def _expert_of(tensor: Tensor, place: _Place) -> Tensor:
+    if place.is_b:
+        return tensor.reshape(tensor.shape[0], -1, place.experts)[:, :, place.expert]
+    return tensor.reshape(place.experts, -1, tensor.shape[-1])[place.expert]
+
+
+def fused(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], set[str]]:
+    """Plain tensors in PEFT's form: experts put together again, all of one rank.
+
+    Returns:
+        The tensors, each module's rank, and which of the modules are fused experts.
+    """
+    pairs, others = pairs_of({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
+    found = {name: tensors[name] for name in others}
+    ranks, groups = {}, dict[str, dict[int, Pair]]()
+    for module, pair in pairs.items():
+        match = _EXPERT.fullmatch(module)
+        if match is not None:
+            groups.setdefault(match[1], {})[int(match[2])] = pair
+            continue
+        ranks[module] = pair.rank
+        found[pair.a], found[pair.b] = tensors[pair.a], tensors[pair.b]
+    widest = max((pair.rank for group in groups.values() for pair in group.values()), default=0)
+    for module, group in groups.items():
+        every_a, every_b = [], []
+        for number in sorted(group):
+            a, b = tensors[group[number].a], tensors[group[number].b]
+            every_a.append(torch.cat([a, a.new_zeros(widest - a.shape[0], a.shape[1])]))
+            every_b.append(torch.cat([b, b.new_zeros(b.shape[0], widest - b.shape[1])], dim=1))
+        pair = group[min(group)]
+        found[module + pair.a.removeprefix(pair.module)] = torch.cat(every_a)
+        b_ORE = torch.stack(every_b, dim=2)
+        found[module + pair.b.removeprefix(pair.module)] = b_ORE.reshape(b_ORE.shape[0], -1)
+        ranks[module] = widest
+    return found, ranks, set(groups)

@@ -1,0 +1,155 @@
+"""The Flower apps of the language clients, and whole federations in process with a tiny model."""
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from fl_merge.flower.apps import LoadedApp, run_app
+from fl_merge.flower.client import receive
+from fl_merge.flower.inprocess import FIRST_NODE_ID, InProcessGrid
+from fl_merge.flower.records import to_record
+from fl_merge.store import load
+from language_clients import base, client_app, corpus, local, lora, server_app
+from language_clients.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return {
+        "layers": 2,
+        "hidden": 32,
+        "pretraining-steps": 3,
+        "cache-folder": str(tmp_path_factory.mktemp("cache")),
+        "local-steps": 3,
+        "batch-size": 4,
+        "sequence-length": 64,
+        "learning-rate": 0.01,
+        "train-bytes": 20_000,
+        "evaluation-bytes": 1_000,
+    }
+
+
+def answer(kind, state, run_config, partition=1, server_round=1, node_config=None):
+    """What client `partition` of four replies to a train or evaluate message with this global model."""
+    content = RecordDict({"arrays": to_record(state), "config": ConfigRecord({"server-round": server_round})})
+    nodes = [node_config or {} if at == partition else {} for at in range(4)]
+    with InProcessGrid(client_app.app, 4, workers=0, run_config=run_config, node_configs=nodes) as grid:
+        node = FIRST_NODE_ID + partition
+        (reply,) = grid.send_and_receive([grid.create_message(content, kind, node, str(server_round))])
+    assert not reply.has_error(), reply.error
+    return reply, next(iter(reply.content.metric_records.values()))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("adapters", [{}, {"adapter-rank": "2,4", "adapter-alpha": "4,16"}], ids=["whole", "lora"])
+def test_training_sends_what_training_gives_in_bfloat16(config, adapters):
+    config = config | adapters
+    settings, state = Settings.read(config), server_app.initial(config)
+    reply, metrics = answer("train", state, config)
+    own = corpus.client(1, 4, train_bytes=20_000)
+    here = local.rebuilt(settings, state, rank=settings.rank(1), alpha=settings.alpha(1))
+    here.finetune(own.train, (0, 1, 1))
+    wanted = {name: tensor.to(torch.bfloat16) for name, tensor in here.tensors().items()}
+    assert equal(receive(reply), wanted)
+    assert metrics["num-examples"] == 20_000 // 64
+    assert metrics["bits-per-byte"] == pytest.approx(here.bits_per_byte(own.validation)[0])
+    assert metrics["partition-id"] == 1
+    if adapters:
+        assert (metrics["lora-rank"], metrics["lora-alpha"]) == (4, 16.0)
+        assert metrics["lora-scalings"] == [4.0] * 14
+        assert lora.rank_of(receive(reply)) == 4
+    again, _ = answer("train", state, config)
+    assert equal(receive(again), wanted)
+    later, _ = answer("train", state, config, server_round=2)
+    assert not equal(receive(later), wanted)
+
+
+def test_evaluation_is_on_the_clients_own_test_documents(config):
+    settings, state = Settings.read(config), server_app.initial(config)
+    reply, metrics = answer("evaluate", state, config, partition=3)
+    bits, measured = local.rebuilt(settings, state).bits_per_byte(corpus.client(3, 4).test)
+    assert metrics["bits-per-byte"] == pytest.approx(bits)
+    assert metrics["num-examples"] == int(measured)
+    assert not reply.content.array_records
+
+
+def test_a_client_may_have_text_of_its_own(config, tmp_path):
+    for number in range(5):
+        text = "\n".join(f"line {at} of the notes that are numbered {number}" for at in range(50))
+        (tmp_path / f"{number}.txt").write_text(text)
+    node_config = {"text-folder": str(tmp_path)}
+    _, metrics = answer("train", server_app.initial(config), config, node_config=node_config)
+    own = corpus.client_of_folder(tmp_path)
+    assert metrics["num-examples"] == (sum(map(len, own.train)) + len(own.train)) // 64
+
+
+def test_the_server_judges_every_domain(config):
+    report = server_app.evaluate(config, 0, server_app.initial(config))
+    by_domain = [report[f"bits-per-byte/{domain}"] for domain in corpus.DOMAINS]
+    assert report["bits-per-byte"] == pytest.approx(sum(by_domain) / 4)
+    assert report["worst"] == max(by_domain)
+    assert 0 < report[f"bits-per-byte/{corpus.PUBLIC_DOMAIN}"] < 9
+
+
+def federation(config, folder, **changes):
+    """The model that a federation of four clients leaves after two rounds."""
+    config = config | {"num-server-rounds": 2, "run-folder": str(folder), **changes}
+    run_app(LoadedApp(server_app.app, client_app.app, run_config=config), nodes=4, workers=0)
+    return load(folder)
+
+
+def test_two_rounds_with_all_weights_make_every_domain_better(config, tmp_path):
+    before = server_app.evaluate(config, 0, server_app.initial(config))
+    after = server_app.evaluate(config, 2, federation(config, tmp_path / "run", **{"local-steps": 8}))
+    assert after["bits-per-byte"] < before["bits-per-byte"] - 0.5
+    assert all(after[f"bits-per-byte/{domain}"] < before[f"bits-per-byte/{domain}"] for domain in corpus.DOMAINS)
+
+
+def test_two_rounds_with_adapters_of_one_rank_lower_the_mean(config, tmp_path):
+    config = config | {"adapter-rank": "4", "adapter-alpha": "32", "local-steps": 8}
+    before = server_app.evaluate(config, 0, server_app.initial(config))
+    adapter = federation(config, tmp_path / "run")
+    assert lora.rank_of(adapter) == 4
+    assert server_app.evaluate(config, 2, adapter)["bits-per-byte"] < before["bits-per-byte"]
+
+
+def test_a_model_of_hugging_faces_is_used_by_its_path(config):
+    path = base.folder(Settings.read(config))
+    named = config | {"model": path}
+    own, theirs = server_app.initial(config), server_app.initial(named)
+    assert equal(own, theirs)
+    _, metrics = answer("evaluate", theirs, named, partition=2)
+    assert 0 < metrics["bits-per-byte"] < 9
+
+
+def test_another_model_than_the_settings_name_is_refused(config):
+    with pytest.raises(ValueError, match="the model that was sent is not the one that the settings name"):
+        local.rebuilt(Settings.read(config | {"hidden": 16}), server_app.initial(config))
+
+
+@pytest.mark.parametrize(
+    ("run_config", "problem"),
+    [
+        ({"wire-dtype": "int8"}, "wire-dtype: 'int8', wanted one of float32, bfloat16, float16"),
+        ({"local-steps": "five"}, "local-steps: 'five', wanted a number >= 1"),
+        ({"local-steps": 0}, "local-steps: 0, wanted a number >= 1"),
+        ({"adapter-rank": "4,0"}, "adapter-rank: '4,0', wanted whole numbers >= 1, or 0 alone"),
+        ({"adapter-rank": "4;8"}, "adapter-rank: '4;8', wanted a number >= 0, or several by partition"),
+        ({"adapter-alpha": "0"}, "adapter-alpha: '0', wanted numbers > 0"),
+        ({"learning-rate": float("nan")}, "learning-rate: nan, wanted a number"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(run_config, problem):
+    with pytest.raises(ValueError, match=problem):
+        Settings.read(run_config)
+
+
+def test_ranks_and_alphas_are_dealt_by_partition():
+    settings = Settings.read({"adapter-rank": "4, 8,16", "adapter-alpha": 32})
+    assert [settings.rank(partition) for partition in range(5)] == [4, 8, 16, 4, 8]
+    assert [settings.alpha(partition) for partition in range(2)] == [32.0, 32.0]
+    assert settings.uses_adapters
+    assert not Settings.read({"adapter-rank": 0}).uses_adapters
