@@ -62,42 +62,45 @@ class _Cut:
     wanted: int
 
 
-def largest_cutoffs(parts: Sequence[Part], count: int, mapped: Mapped, piece: int) -> Tensor:
-    """The cut of each client.
+def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, int]], mapped: Mapped, piece: int) -> Tensor:
+    """Cuts of clients' deltas.
 
     Args:
         parts: in the order of their places; at least one element.
-        count: how many elements stay, 1 to all.
+        wanted: of which client a cut is to be found, and how many elements stay, 0 to all.
         mapped: like `map`, perhaps in several threads.
         piece: elements that one call goes through.
 
     Returns:
-        (N, 2), float64: the smallest magnitude that stays, and the place of the last element that has it and stays.
+        (len(wanted), 2), float64: the smallest magnitude that stays, and the place of the last element that has it and
+        stays; (inf, -1) where none stays.
     """
-    clients = parts[0].inputs.clients
     total = sum(part.inputs.numel for part in parts)
-    if count == total:
-        return torch.tensor([[0.0, total - 1.0]] * clients, dtype=torch.float64)
+    cutoffs_N2 = torch.tensor([[0.0, total - 1.0] if count else [math.inf, -1.0] for _, count in wanted]).double()
+    left = [place for place, (_, count) in enumerate(wanted) if 0 < count < total]
+    if not left:
+        return cutoffs_N2
     pieces = [
         _Piece(part, start, min(start + piece, part.inputs.numel))
         for part in parts
         for start in range(0, part.inputs.numel, piece)
     ]
-    low_N, high_N = _guess(parts, count / total, total)
-    cutoffs_N2 = torch.empty(clients, 2, dtype=torch.float64)
-    left = list(range(clients))
+    low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
+    low_N[left], high_N[left] = _guess(parts, [(wanted[at][0], wanted[at][1] / total) for at in left], total)
     while left:
         room = _ROOM // (len(left) * len(pieces))
-        found = list(mapped(functools.partial(_counted, left, low_N[left], high_N[left], room), pieces))
+        clients = [wanted[at][0] for at in left]
+        found = list(mapped(functools.partial(_counted, clients, low_N[left], high_N[left], room), pieces))
         misled = []
-        for place, client in enumerate(left):
-            cut = _found(int(low_N[client]), count, [counted[place] for counted in found])
+        for place, at in enumerate(left):
+            client, count = wanted[at]
+            cut = _found(int(low_N[at]), count, [counted[place] for counted in found])
             if cut is None:
-                low_N[client] = high_N[client] = _by_histograms(client, count, pieces, mapped)
-                misled.append(client)
+                low_N[at] = high_N[at] = _by_histograms(client, count, pieces, mapped)
+                misled.append(at)
             else:
-                cutoffs_N2[client, 0] = float(np.uint32(cut.bits).view(np.float32))
-                cutoffs_N2[client, 1] = _last(client, cut, pieces, [counted[place] for counted in found])
+                cutoffs_N2[at, 0] = float(np.uint32(cut.bits).view(np.float32))
+                cutoffs_N2[at, 1] = _last(client, cut, pieces, [counted[place] for counted in found])
         left = misled
     return cutoffs_N2
 
@@ -106,30 +109,36 @@ def _counted(clients: list[int], low_N: Array, high_N: Array, room: int, at: _Pi
     return at.part.inputs.some(clients).between(at.start, at.stop, low_N, high_N, room)
 
 
-def _guess(parts: Sequence[Part], fraction: float, total: int) -> tuple[Array, Array]:
-    """Between which bits each client's cut should be, by a sample; (N,) and (N,), uint32."""
-    clients = parts[0].inputs.clients
-    low_N, high_N = np.zeros(clients, np.uint32), np.full(clients, LARGEST, np.uint32)
+def _guess(parts: Sequence[Part], wanted: Sequence[tuple[int, float]], total: int) -> tuple[Array, Array]:
+    """Between which bits each cut should be, by a sample; (N,) and (N,), uint32.
+
+    Args:
+        wanted: of which client, and which fraction stays.
+    """
+    low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
     if total <= _EVERYTHING:
         return low_N, high_N
-    wanted = min(max(total // 64, 1 << 12), 1 << 18)
+    size_wanted = min(max(total // 64, 1 << 12), 1 << 18)
+    clients = sorted({client for client, _ in wanted})
     samples = []
     for part in parts:
-        runs = min(math.ceil(wanted * part.inputs.numel / total / _RUN), part.inputs.numel // _RUN)
+        runs = min(math.ceil(size_wanted * part.inputs.numel / total / _RUN), part.inputs.numel // _RUN)
         if runs:
             starts = np.linspace(0, part.inputs.numel - _RUN, runs).astype(np.int64)
-            samples.append(part.inputs.sample(starts, _RUN))
+            samples.append(part.inputs.some(clients).sample(starts, _RUN))
     bits_NM = np.concatenate(samples, axis=1)
     size = bits_NM.shape[1]
-    margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
-    upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
-    ranks = [size - rank for rank in (upper, lower) if 1 <= rank <= size]
-    if ranks:
-        bits_NM.partition(ranks, axis=1)
-    if upper >= 1:
-        high_N[:] = bits_NM[:, size - upper]
-    if lower <= size:
-        low_N[:] = bits_NM[:, size - lower]
+    for at, (client, fraction) in enumerate(wanted):
+        margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
+        upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
+        ranks = [size - rank for rank in (upper, lower) if 1 <= rank <= size]
+        bits_M = bits_NM[clients.index(client)]
+        if ranks:
+            bits_M.partition(ranks)
+        if upper >= 1:
+            high_N[at] = bits_M[size - upper]
+        if lower <= size:
+            low_N[at] = bits_M[size - lower]
     return low_N, high_N
 
 

@@ -20,7 +20,8 @@ import torch
 
 from fl_merge import kernels
 from fl_merge.errors import MergeError
-from fl_merge.fill import Filler, Fillers
+from fl_merge.fill import Fillers
+from fl_merge.fillers import Filler
 from fl_merge.ops.gram import BLOCK
 from fl_merge.reading import pieces
 from fl_merge.shapes import Copy

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -19,164 +19,18 @@ from torch import Tensor
 
 from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
 from fl_merge.errors import MergeError
-from fl_merge.kernels.passes import LIMITS, Draws, Inputs
-from fl_merge.ops.gram import GramSum, finite_gram, gram_of_lines
-from fl_merge.ops.sparsify import keep_count
-from fl_merge.reading import Versions, flat, pieces, serves, shaped, whole_deltas
+from fl_merge.fillers import CompiledStages, CompiledSum, Defined, Filler, Values
+from fl_merge.kernels.passes import Inputs
+from fl_merge.measuring import measured
+from fl_merge.ops.gram import BLOCK, GramSum, finite_gram, gram_of_lines
+from fl_merge.ops.sparsify import keep_count, middle_counts, shrinkage
+from fl_merge.reading import Versions, flat, pieces, row_length, serves, shaped, whole_deltas
 from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, Tensorwise, VectorSpan, WeightedSum, draw_keys
-from fl_merge.stages import KeepLargest, KeepRandom, Stages
-from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole, compute_dtype
+from fl_merge.stages import KeepLargest, KeepMiddle, KeepRandom, KeepRanked, Stages
+from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole
 
 LINES_ELEMENTS = 1 << 17
 """About so many elements of a client's rows are looked at together, whatever the size of the slices."""
-
-Values = Callable[[int, int], Tensor]
-"""From the first and last-plus-one element of a slice to its merged values."""
-
-
-class Filler:
-    """Fills the pieces of one output.
-
-    Args:
-        output: which.
-        dtype: in which it is written.
-    """
-
-    def __init__(self, output: Output, dtype: torch.dtype) -> None:
-        self._output = output
-        self._dtype = dtype
-
-    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        """Write the merged elements from start to stop to `out_S`, in its dtype.
-
-        Raises:
-            MergeError: if one does not fit it.
-        """
-        raise NotImplementedError
-
-    def again(self) -> list[tuple[int, int]]:
-        """Asked when all pieces are filled: those that have to be filled a second time.
-
-        Raises:
-            MergeError: as `fill`.
-        """
-        return []
-
-    def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
-        """Fill a piece the second time.
-
-        Args:
-            start, stop, out_S: as for `fill`.
-            filled: whether `out_S` still holds what was filled in the first time.
-        """
-        raise NotImplementedError
-
-    def _refuse(self, largest: float) -> MergeError:
-        return MergeError.of_value(self._output.name, largest, str(self._dtype))
-
-    def _require(self, bits: int) -> None:
-        """Refuse a largest magnitude, given as the bits of float32, that is infinite in the output's dtype."""
-        if bits >= LIMITS[self._dtype]:
-            raise self._refuse(float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)))
-
-
-class Defined(Filler):
-    """By the torch definition, in slices of `step` elements (a piece of the compiled passes would be too large)."""
-
-    def __init__(self, output: Output, dtype: torch.dtype, values: Values, step: int | None = None) -> None:
-        super().__init__(output, dtype)
-        self._values = values
-        self._step = step
-
-    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        step = self._step or max(stop - start, 1)
-        for begin in range(start, max(stop, start + 1), step):
-            end = min(begin + step, stop)
-            self._fill(begin, end, out_S[begin - start : end - start])
-
-    def _fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        values_S = self._values(start, stop)
-        cast_S = values_S.to("cpu", self._dtype)
-        if self._dtype.is_floating_point and not torch.isfinite(cast_S.to(compute_dtype(self._dtype))).all():
-            finite_S = values_S.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
-            raise self._refuse(float(finite_S.abs().max()))
-        out_S.copy_(cast_S)
-
-
-class CompiledSum(Filler):
-    """A weighted sum, by a compiled pass."""
-
-    def __init__(self, output: Output, dtype: torch.dtype, native: Inputs, compute: WeightedSum) -> None:
-        super().__init__(output, dtype)
-        self._native = native
-        self._sum = compute
-
-    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        compute = self._sum
-        self._require(self._native.weighted_sum(compute.base_coefficient, compute.coefficients_N, start, stop, out_S))
-
-
-class CompiledStages(Filler):
-    """Pruning, election and sum, by a compiled pass.
-
-    An election that is a draw is won by the sign that most of the tensor's elements have, which is known only when all
-    are counted. Plus is assumed first; what minus would give is noted, and put in place if it turns out to be minus.
-    """
-
-    def __init__(
-        self,
-        output: Output,
-        dtype: torch.dtype,
-        native: Inputs,
-        stages: Stages,
-        weights_N: Tensor,
-        cutoffs_N2: Tensor | None,
-        keys_N: list[int] | None,
-    ) -> None:
-        super().__init__(output, dtype)
-        self._native = native
-        self._counting = threading.Lock()
-        self._tally = 0
-        self._draws: dict[tuple[int, int], Draws] = {}
-        prune = stages.prune
-        self._arguments: dict[str, Any] = {
-            "weights_N": weights_N,
-            "cutoffs_N2": cutoffs_N2,
-            "keys_N": keys_N,
-            "density": prune.density if prune is not None else 1.0,
-            "rescale": isinstance(prune, KeepRandom) and prune.rescale,
-            "election": stages.election,
-            "normalize": stages.normalize,
-            "scale": stages.scale,
-        }
-
-    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        draws = self._merge(start, stop, out_S, (stop - start) // 16)
-        with self._counting:
-            self._tally += draws.tally
-            if draws.count:
-                self._draws[start, stop] = draws
-
-    def _merge(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
-        bits, draws = self._native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
-        self._require(bits)
-        return draws
-
-    def again(self) -> list[tuple[int, int]]:
-        if self._tally < 0:
-            return list(self._draws)
-        for draws in self._draws.values():
-            self._require(draws.largest)
-        return []
-
-    def refill(self, start: int, stop: int, out_S: Tensor, *, filled: bool) -> None:
-        draws = self._draws.pop((start, stop))
-        if not filled or draws.count > len(draws.places_M):
-            draws = self._merge(start, stop, out_S, draws.count)
-        Defined(self._output, self._dtype, lambda *_: torch.from_numpy(draws.otherwise_M)).fill(
-            0, draws.count, minus_M := torch.empty(draws.count, dtype=self._dtype)
-        )
-        out_S[torch.from_numpy(draws.places_M - start)] = minus_M
 
 
 class Fillers:
@@ -208,6 +62,7 @@ class Fillers:
         self._kernels = kernels
         self._model_surveys: dict[tuple[int, Scope], Tensor] = {}
         self._model_sums: dict[tuple[int, Scope], WeightedSum] = {}
+        self._model_choices: dict[tuple[int, Scope], Tensor] = {}
 
     def _weights_N(self, output: Output) -> Tensor:
         return torch.tensor(self._spec_for(output).weights_N, dtype=torch.float64)
@@ -226,7 +81,20 @@ class Fillers:
         compiled = self._kernels is not None and serves(output, self._device)
         if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages):
             compiled = False
-        return self._piece if compiled else self._step
+        step, block = self._piece if compiled else self._step, self._block(output)
+        return math.ceil(step / block) * block
+
+    def _block(self, output: Output) -> int:
+        """Slices are multiples of so many elements: whole rows, where a method asks for them."""
+        if isinstance(output.compute, Coordinate) and output.compute.rows:
+            row = row_length(output.spec)
+            return row * max(1, BLOCK // row)
+        return BLOCK
+
+    def _small_step(self, output: Output) -> int:
+        """How many elements the torch definition works on at a time."""
+        block = self._block(output)
+        return math.ceil(self._step / block) * block
 
     def prepare(self, output: Output, dtype: torch.dtype, mapped: Mapped) -> Filler:
         """Everything that has to be known of the whole tensor, and the filler that goes by it.
@@ -311,78 +179,140 @@ class Fillers:
     def _measured(
         self, compute: Span, spec: CohortSpec, work: list[tuple[Versions, int, int]], mapped: Mapped
     ) -> WeightedSum:
-        gram = GramSum(len(spec.client_ids))
-        for partials in mapped(lambda at: at[0].gram_partials(compute.on, at[1], at[2]), work):
+        return compute.fixed(spec, self._gram(compute.on, work, mapped))
+
+    def _gram(self, on: str, work: list[tuple[Versions, int, int]], mapped: Mapped) -> Tensor:
+        """(N, N) float64: the inner products of the deltas or weights over these pieces."""
+        gram = GramSum(work[0][0].clients)
+        for partials in mapped(lambda at: at[0].gram_partials(on, at[1], at[2]), work):
             gram.add(partials)
-        return compute.fixed(spec, gram.total())
+        return gram.total()
 
     def _coordinate(
         self, compute: Coordinate, output: Output, dtype: torch.dtype, versions: Versions, mapped: Mapped
     ) -> Filler:
         scope_start = 0
         survey_NK = torch.empty(versions.clients, 0, dtype=torch.float64)
-        if compute.scope == "model" and output.scope is not None:
-            scope_start = output.scope.offsets[output.name]
-            survey_NK = self._model_surveys.get((id(compute), output.scope), survey_NK)
-        elif compute.survey is not None:
-            survey_NK = self._survey(compute, [versions], mapped)
-        if versions.native is not None and isinstance(compute.stages, Stages):
-            return self._stages(compute.stages, output, dtype, versions.native, survey_NK, scope_start)
-
-        spec, weights_N = self._spec_for(output), self._weights_N(output)
         joint_K = torch.empty(0, dtype=torch.float64)
+        spec, weights_N, step = self._spec_for(output), self._weights_N(output), self._small_step(output)
+        if compute.scope == "model" and output.scope is not None:
+            key = id(compute), output.scope
+            scope_start = output.scope.offsets[output.name]
+            survey_NK = self._model_surveys.get(key, survey_NK)
+            joint_K = self._model_choices.get(key, joint_K)
+        else:
+            if compute.survey is not None or compute.surveys is not None:
+                survey_NK = self._survey(compute, spec.client_ids, [versions], mapped)
+            if compute.gram is not None:
+                work = [(versions, *at) for at in pieces(versions.numel, self._step)]
+                joint_K = compute.gram(spec, self._gram("deltas", work, mapped))
         if compute.joint is not None:
             joint_K = compute.joint(versions.deltas(0, versions.numel), weights_N)
 
-        def at(start: int, stop: int, count: Callable[[], int] | None) -> Slice:
+        def at(start: int, stop: int, known_K: Tensor, count: Callable[[], int] | None = None) -> Slice:
             place = (output.name, start, stop, scope_start + start)
-            return Slice(*place, spec, survey_NK, count, self._device, joint_K)
+            return Slice(*place, spec, survey_NK, count, self._device, known_K, row_length(output.spec))
+
+        joint_K = measured(
+            compute.measures, joint_K, versions, weights_N, at, mapped, step=step, block=self._block(output)
+        )
+        if versions.native is not None and isinstance(compute.stages, Stages):
+            filler = self._stages(
+                compute.stages, output, dtype, versions.native, survey_NK, joint_K, scope_start=scope_start
+            )
+            if filler is not None:
+                return filler
 
         def count_votes() -> int:
             tally, votes = compute.tally, 0
             if tally is not None:
-                for start, stop in pieces(versions.numel, self._step):
-                    vote_S = tally(versions.deltas(start, stop), weights_N, at(start, stop, None))
+                for start, stop in pieces(versions.numel, step):
+                    vote_S = tally(versions.deltas(start, stop), weights_N, at(start, stop, joint_K))
                     votes += int(vote_S.sum(dtype=torch.float64))
             return votes
 
         votes = _Once(count_votes)
 
         def merged(start: int, stop: int) -> Tensor:
-            delta_S = compute.combine(versions.deltas(start, stop), weights_N, at(start, stop, votes))
+            delta_S = compute.combine(versions.deltas(start, stop), weights_N, at(start, stop, joint_K, votes))
             return versions.base(start, stop) + delta_S
 
-        return Defined(output, dtype, merged, self._step)
+        return Defined(output, dtype, merged, step)
 
     def _stages(
-        self, stages: Stages, output: Output, dtype: torch.dtype, native: Inputs, survey_NK: Tensor, scope_start: int
-    ) -> Filler:
-        cutoffs_N2, keys_N = None, None
-        if isinstance(stages.prune, KeepLargest):
-            cutoffs_N2 = _rounded(survey_NK - torch.tensor([0.0, scope_start], dtype=torch.float64))
-        if isinstance(stages.prune, KeepRandom):
-            keys_N = draw_keys(self._spec_for(output), output.name)
-        return CompiledStages(output, dtype, native, stages, self._weights_N(output), cutoffs_N2, keys_N)
+        self,
+        stages: Stages,
+        output: Output,
+        dtype: torch.dtype,
+        native: Inputs,
+        survey_NK: Tensor,
+        joint_K: Tensor,
+        *,
+        scope_start: int,
+    ) -> Filler | None:
+        """The compiled pass for these stages, if there is one."""
+        prune, weights_N = stages.prune, self._weights_N(output)
+        arguments: dict[str, Any] = {}
+        if stages.election is not None and bool((weights_N < 0).any()):
+            return None
+        if isinstance(prune, KeepRanked):
+            return None
+        if isinstance(prune, KeepLargest | KeepMiddle):
+            cutoffs = [_rounded(cut_N2, scope_start) for cut_N2 in torch.split(survey_NK, 2, dim=1)]
+            arguments = {"cutoffs_N2": cutoffs[-1], "upper_N2": cutoffs[0] if len(cutoffs) > 1 else None}
+        if isinstance(prune, KeepRandom):
+            spec = self._spec_for(output)
+            density_N = prune.densities(spec)
+            divisor_N = density_N if prune.rescale is True else [1.0] * len(density_N)
+            if prune.rescale == "l1":
+                divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist()
+            keys_N = draw_keys(spec, output.name)
+            arguments = {"keys_N": keys_N, "density_N": density_N, "divisor_N": divisor_N}
+        return CompiledStages(output, dtype, native, stages, weights_N, arguments)
 
-    def _survey(self, compute: Coordinate, scope: list[Versions], mapped: Mapped) -> Tensor:
+    def _survey(self, compute: Coordinate, client_ids: Sequence[str], scope: list[Versions], mapped: Mapped) -> Tensor:
         """(N, K): what the survey says of each client's delta of the tensors in scope."""
-        natives = [versions.native for versions in scope]
-        if isinstance(compute.stages, Stages) and isinstance(compute.stages.prune, KeepLargest):
+        stages = compute.stages
+        if isinstance(stages, Stages) and isinstance(stages.prune, KeepLargest | KeepMiddle):
             parts, offset = [], 0
-            for native in natives:
-                if native is None:
+            for versions in scope:
+                if versions.native is None:
                     break
-                parts.append(Part(native, offset))
-                offset += native.numel
+                parts.append(Part(versions.native, offset))
+                offset += versions.native.numel
             if len(parts) == len(scope):
-                count = keep_count(compute.stages.prune.density, offset)
-                return largest_cutoffs(parts, count, mapped, self._piece)
-        survey = compute.survey
-        assert survey is not None
+                density_N = [stages.prune.density_of(client_id) for client_id in client_ids]
+                return self._cutoffs(stages.prune, density_N, parts, offset, mapped)
+        surveys = [compute.survey_of(client_id) for client_id in client_ids]
+
+        def surveyed(client: int, delta_S: Tensor) -> Tensor:
+            survey = surveys[client]
+            assert survey is not None
+            return survey(delta_S)
+
+        clients = range(len(surveys))
         if len(scope) == 1:
-            clients = range(scope[0].clients)
-            return torch.stack(list(mapped(lambda client: survey(scope[0].delta(client, 0, scope[0].numel)), clients)))
-        return torch.stack([survey(delta_S) for delta_S in whole_deltas(scope, scope[0].clients)])
+            found = mapped(lambda client: surveyed(client, scope[0].delta(client, 0, scope[0].numel)), clients)
+            return torch.stack(list(found))
+        return torch.stack([surveyed(*each) for each in zip(clients, whole_deltas(scope, len(clients)), strict=True)])
+
+    def _cutoffs(
+        self,
+        prune: KeepLargest | KeepMiddle,
+        density_N: Sequence[float],
+        parts: Sequence[Part],
+        numel: int,
+        mapped: Mapped,
+    ) -> Tensor:
+        """(N, 2) or (N, 4): where each client's delta is cut, as the stages' own survey finds it."""
+        if isinstance(prune, KeepLargest):
+            counts_N = [keep_count(density, numel) for density in density_N]
+            return largest_cutoffs(parts, list(enumerate(counts_N)), mapped, self._piece)
+        wanted = []
+        for client, density in enumerate(density_N):
+            dropped, kept = middle_counts(density, prune.gamma, numel)
+            wanted += [(client, dropped), (client, dropped + kept)]
+        return largest_cutoffs(parts, wanted, mapped, self._piece).reshape(len(density_N), 4)
 
     def measure_models(self, outputs: Iterable[Output], mapped: Mapped) -> None:
         """Surveys and Gram matrices whose scope is the whole model, before any tensor is merged."""
@@ -394,16 +324,22 @@ class Fillers:
             compute = members[0].compute
             by_name = {output.name: Versions(self._cohort, output, self._device, self._kernels) for output in members}
             in_order = [by_name[name] for name in scope.names]
-            if isinstance(compute, Coordinate) and compute.survey is not None:
-                self._model_surveys[key, scope] = self._survey(compute, in_order, mapped)
-            elif isinstance(compute, Span):
-                work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
-                self._model_sums[key, scope] = self._measured(compute, self._spec_for(members[0]), work, mapped)
+            work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
+            spec = self._spec_for(members[0])
+            if isinstance(compute, Span):
+                self._model_sums[key, scope] = self._measured(compute, spec, work, mapped)
+            elif isinstance(compute, Coordinate):
+                if compute.survey is not None or compute.surveys is not None:
+                    self._model_surveys[key, scope] = self._survey(compute, spec.client_ids, in_order, mapped)
+                if compute.gram is not None:
+                    self._model_choices[key, scope] = compute.gram(spec, self._gram("deltas", work, mapped))
 
 
-def _rounded(cutoffs_N2: Tensor) -> Tensor:
-    """The same cuts with thresholds that float32 has: what is just on one of these was above the cut, or below."""
+def _rounded(cutoffs_N2: Tensor, scope_start: int) -> Tensor:
+    """The same cuts, counted within a tensor that begins at `scope_start`, with thresholds that float32 has: what is
+    just on one of these was above the cut, or below."""
     found_N, last_N = cutoffs_N2.unbind(1)
+    last_N = last_N - scope_start
     threshold_N = found_N.float().double()
     last_N = torch.where(threshold_N > found_N, math.inf, torch.where(threshold_N < found_N, -1.0, last_N))
     return torch.stack([threshold_N, last_N.clamp(-1.0, 2.0**62)], dim=1)

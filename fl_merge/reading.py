@@ -16,7 +16,7 @@ from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Inputs, readable
 from fl_merge.ops.combine import add_scaled_delta
 from fl_merge.ops.gram import BLOCK, gram_block, gram_partials
-from fl_merge.types import BASE, Cohort, Output, Read, TensorSource, compute_dtype
+from fl_merge.types import BASE, Cohort, Output, Read, TensorSource, TensorSpec, compute_dtype
 
 
 class Versions:
@@ -133,6 +133,11 @@ def source_of(cohort: Cohort, read: Read) -> TensorSource:
 def serves(output: Output, device: torch.device) -> bool:
     """Whether the compiled passes can make this output: float32 arithmetic on the CPU."""
     return device.type == "cpu" and output.spec.dtype in LIMITS
+
+
+def row_length(spec: TensorSpec) -> int:
+    """How many elements a row has: one entry of the first dimension; all of them if there is but one dimension."""
+    return max(1, spec.numel // spec.shape[0] if len(spec.shape) > 1 and spec.shape[0] else spec.numel)
 
 
 def pieces(numel: int, step: int) -> list[tuple[int, int]]:

@@ -39,9 +39,11 @@ class Slice:
         scope_start: the first element's place within the scope of the survey (the tensor, or the whole model).
         spec: the cohort.
         survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
-        joint_K: (K,) float64: what the joint survey of all deltas gave; (0,) where there is none.
+        joint_K: (K,) float64: what the joint survey of all deltas gave, or the function of their Gram matrix, and then
+            what the measures gave, in order; (0,) where there is none.
         count: counts the method's `tally` over the whole tensor; None where there is none.
         device: where the deltas are.
+        row: how many elements a row of the tensor has (one entry of its first dimension; all if it has but one).
     """
 
     tensor: str
@@ -53,6 +55,7 @@ class Slice:
     count: Callable[[], int] | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (it cannot be changed)
     joint_K: Tensor = torch.empty(0, dtype=torch.float64)  # noqa: RUF009
+    row: int = 0
 
     def index_S(self) -> Tensor:
         """(S,) int64: the place of each element within the survey's scope."""
@@ -63,7 +66,7 @@ class Slice:
         """The sum of the method's `tally` over the whole tensor, counted when it is first asked for; 0 without one."""
         return self.count() if self.count is not None else 0
 
-    def keep_random(self, deltas_NS: Tensor, density: float, *, rescale: bool) -> Tensor:
+    def keep_random(self, deltas_NS: Tensor, density: float | Sequence[float], *, rescale: bool) -> Tensor:
         """The deltas with each element kept with probability `density`, by the draws of `uniform_NS`."""
         return keep_random(deltas_NS, self.uniform_NS(), density, rescale=rescale)
 
@@ -174,6 +177,45 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Numbers that are sums over the elements of a tensor.
+
+    Args:
+        function: from a block of the deltas, the weights and the block's `Slice` to its K summands, float64.
+    """
+
+    function: Callable[[Tensor, Tensor, Slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """Numbers that are maxima over the elements of a tensor.
+
+    Args:
+        function: as that of `Sums`; gives the K maxima of a block.
+    """
+
+    function: Callable[[Tensor, Tensor, Slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where to cut so that so many elements with the largest scores stay, the lower index winning a tie: two numbers a
+    row of scores, as `ops.sparsify.above_cut` takes them. The scores of a whole tensor are in memory meanwhile.
+
+    Args:
+        score: from a slice of the deltas to the scores (R, S), >= 0, in the dtype of the deltas.
+        count: how many stay of a row, from its number of elements and how many of them have a score above 0.
+    """
+
+    score: Callable[[Tensor, Tensor, Slice], Tensor]
+    count: Callable[[int, int], int]
+
+
+Measure = Sums | Maxima | Cuts
+
+
+@dataclass(frozen=True)
 class Coordinate:
     """theta = theta_0 + combine(deltas), element by element.
 
@@ -181,12 +223,18 @@ class Coordinate:
         combine: from a slice of the deltas (N, S), the weights (N,) float64 and a `Slice` to the merged delta (S,).
             An element's result may depend on its own deltas, its index and the slice's survey, draws and tally only.
         survey: from one client's whole delta, flattened, to K float64 numbers (thresholds, norms).
+        surveys: in place of `survey`, where it is not the same for all clients: from a client's id to its survey.
         joint: from all clients' whole deltas of a tensor, (N, S), and the weights (N,) float64, to K float64 numbers
             that need all clients at once. Scope "tensor" only; the tensor's deltas are in memory while it runs.
         tally: elementwise like `combine`, giving whole numbers; their sum over the tensor is `Slice.tally`
             (a pass over the tensor, made only if it is asked for).
-        scope: what the survey runs over: each tensor, or the whole model's delta as one vector (in order of name).
+        measures: numbers that need all clients and are found slice by slice; each may use those before it.
+        gram: from the cohort and the (N, N) float64 Gram matrix of the deltas in scope to K float64 numbers.
+        scope: what the survey and the Gram matrix run over: each tensor, or the whole model's delta as one vector (in
+            order of name).
         stages: what this is made of, where the executor has a compiled pass for it (`fl_merge.stages`).
+        rows: whether an element's result may depend on its whole row too: slices are then whole rows.
+        check: raises a MergeError, when the merge is planned, for a cohort that the method cannot merge.
     """
 
     combine: Callable[[Tensor, Tensor, Slice], Tensor]
@@ -195,10 +243,21 @@ class Coordinate:
     tally: Callable[[Tensor, Tensor, Slice], Tensor] | None = None
     scope: ScopeName = "tensor"
     stages: object | None = None
+    surveys: Callable[[str], Callable[[Tensor], Tensor]] | None = None
+    measures: tuple[Measure, ...] = ()
+    gram: Callable[[CohortSpec, Tensor], Tensor] | None = None
+    rows: bool = False
+    check: Callable[[CohortSpec], None] | None = None
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor."""
+        if self.check is not None:
+            self.check(spec)
         return _plan_deltas(spec, self, self.scope)
+
+    def survey_of(self, client_id: str) -> Callable[[Tensor], Tensor] | None:
+        """The survey of one client's delta, if there is any."""
+        return self.surveys(client_id) if self.surveys is not None else self.survey
 
 
 @dataclass(frozen=True)

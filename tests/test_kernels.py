@@ -16,7 +16,16 @@ from fl_merge import METHODS, build, kernels, merge
 from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import Inputs, largest_magnitude
-from fl_merge.methods import dare_linear, dare_ties, slerp, task_arithmetic, ties, weighted_average
+from fl_merge.methods import (
+    breadcrumbs,
+    breadcrumbs_ties,
+    dare_linear,
+    dare_ties,
+    slerp,
+    task_arithmetic,
+    ties,
+    weighted_average,
+)
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.sparsify import keep_count, keep_largest, largest_cutoff
 
@@ -63,6 +72,11 @@ METHODS_AND_SETTINGS = [
     dare_ties(density=0.2, normalize=False, rescale=False, election="frequency"),
     slerp(),
     slerp(on="deltas", scope="model"),
+    ties(density={"0": 0.1, "1": 0.9, "2": 0.5, "3": 1.0, "4": 0.2}),
+    dare_ties(density={"0": 0.1, "1": 0.9, "2": 0.5, "3": 1.0, "4": 0.2}, rescale="l1"),
+    breadcrumbs(density=0.3, gamma=0.05),
+    breadcrumbs(density=0.3, gamma=0.000001),
+    breadcrumbs_ties(density={"0": 0.1, "1": 0.9, "2": 0.5, "3": 1.0, "4": 0.2}, gamma=0.1),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -91,7 +105,7 @@ def test_every_method_gives_the_same_bits_with_and_without_kernels(method, dtype
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_registered_method_does_at_its_defaults(name):
-    base, updates = models(torch.float32, {"a": (40_000,)}, build(name).clients.nearest(3))
+    base, updates = models(torch.float32, {"a": (200, 200), "b": (40_000,)}, build(name).clients.nearest(3))
     weights = range(1, 1 + len(updates))
     defined, compiled = both(lambda: merge(name, base, updates, weights=list(weights), seed=7))
     assert defined == compiled
@@ -145,7 +159,7 @@ def test_zeros_denormals_and_the_largest_values(method):
 
 def cutoffs(kernel_module, base_S, clients, count, piece=16_384):
     parts = [Part(Inputs(kernel_module, base_S, clients), 0)]
-    return largest_cutoffs(parts, count, map, piece)
+    return largest_cutoffs(parts, [(client, count) for client in range(len(clients))], map, piece)
 
 
 def kept_by(cut, delta_S):
@@ -209,7 +223,7 @@ def test_what_is_written_down_of_a_delta_has_a_limit(monkeypatch):
         monkeypatch.setattr("fl_merge.cutoffs._ROOM", room)
         kept.clear()
         count = keep_count(0.5, size) - 3
-        for cut in largest_cutoffs(parts, count, map, 65_536):
+        for cut in largest_cutoffs(parts, [(0, count), (1, count)], map, 65_536):
             assert torch.equal(kept_by(cut, delta_S), kept_by(largest_cutoff(delta_S, count), delta_S))
         assert sum(each.between_M.size for found in kept for each in found) <= 2 * room
     assert len(kept) > len(range(0, size, 65_536))  # it was gone through again
@@ -294,7 +308,9 @@ def test_elements_behind_three_gigabytes(tmp_path):
     near.prune_combine(torch.tensor([0.5, 0.5]), cutoffs_N2=cut, election="total", start=0, stop=tail, out_S=near_S)
     assert bits(out_S) == bits(near_S)
     keys = [stream_key("a"), stream_key("b")]
-    inputs.prune_combine(torch.tensor([0.5, 0.5]), keys_N=keys, density=0.5, start=size - tail, stop=size, out_S=out_S)
+    inputs.prune_combine(
+        torch.tensor([0.5, 0.5]), keys_N=keys, density_N=[0.5] * 2, start=size - tail, stop=size, out_S=out_S
+    )
     kept = torch.stack([uniform(key, size - tail, size) < 0.5 for key in keys])
     deltas = torch.stack([update["a"].float() - base_S["a"].float() for update in updates]) * kept
     assert bits(out_S) == bits((base_S["a"].float() + (deltas[0] * 0.5 + deltas[1] * 0.5)).bfloat16())

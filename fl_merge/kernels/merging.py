@@ -22,7 +22,7 @@ from fl_merge.kernels.blocks import (
     store,
 )
 
-KEEP_LARGEST, KEEP_RANDOM = 1, 2
+KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE = 1, 2, 3
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -119,6 +119,17 @@ def _keep_largest(delta_B, threshold, above, last):
 
 
 @compiled_part
+def _drop_largest(delta_B, threshold, above, last):
+    """What `_keep_largest` would keep is set to 0."""
+    before = min(max(last + 1, 0), delta_B.size)
+    head_B, tail_B = delta_B[:before], delta_B[before:]
+    for s in range(head_B.size):
+        head_B[s] = _ZERO if abs(head_B[s]) >= threshold else head_B[s]
+    for s in range(tail_B.size):
+        tail_B[s] = _ZERO if abs(tail_B[s]) >= above else tail_B[s]
+
+
+@compiled_part
 def _add(delta_NB, weights_N, total_B):
     """The weighted sum. Two clients at a time, so that the sum is loaded and stored half as often."""
     size = total_B.size
@@ -200,9 +211,12 @@ def prune_combine(
     thresholds_N,
     above_N,
     last_N,
+    top_thresholds_N,
+    top_above_N,
+    top_last_N,
     keys_N,
-    limit,
-    divisor,
+    limits_N,
+    divisors_N,
     elect,
     normalize,
     scale,
@@ -219,8 +233,9 @@ def prune_combine(
     are counted. Here it is plus; what comes out with minus is noted beside it.
 
     Args:
-        thresholds_N, above_N, last_N: for KEEP_LARGEST; `last_N` counts within the tensor.
-        keys_N, limit, divisor: for KEEP_RANDOM.
+        thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor.
+        top_thresholds_N, top_above_N, top_last_N: for KEEP_MIDDLE: what is dropped as the largest.
+        keys_N, limits_N, divisors_N: for KEEP_RANDOM.
         drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
 
     Returns:
@@ -247,10 +262,12 @@ def prune_combine(
         for n in range(count):
             delta_B = deltas[n, :size]
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
-            if prune == KEEP_LARGEST:
+            if prune == KEEP_RANDOM:
+                _keep_random(delta_B, keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
+            elif prune != 0:
                 _keep_largest(delta_B, thresholds_N[n], above_N[n], last_N[n] - begin)
-            elif prune == KEEP_RANDOM:
-                _keep_random(delta_B, keys_N[n], begin, limit, divisor, draws_H)
+                if prune == KEEP_MIDDLE:
+                    _drop_largest(delta_B, top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
         if elect == ELECT_FREQUENCY:
             _add_votes(deltas, elected_B)
         else:

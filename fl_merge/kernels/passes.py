@@ -139,9 +139,10 @@ class Inputs:
         weights_N: Tensor,
         *,
         cutoffs_N2: Tensor | None = None,
+        upper_N2: Tensor | None = None,
         keys_N: Sequence[int] | None = None,
-        density: float = 1.0,
-        rescale: bool = False,
+        density_N: Sequence[float] | None = None,
+        divisor_N: Sequence[float] | None = None,
         election: str | None = None,
         normalize: bool = True,
         scale: float = 1.0,
@@ -155,8 +156,9 @@ class Inputs:
         Args:
             weights_N: (N,), float64.
             cutoffs_N2: (N, 2), float64: keep the largest, as `ops.sparsify.keep_largest`; indexes within the tensor.
+            upper_N2: the same of what is dropped as the largest, as `ops.sparsify.trim_to_middle`.
             keys_N: of the draws of each client: keep by chance, as `ops.sparsify.keep_random`.
-            density, rescale: of the latter.
+            density_N, divisor_N: of the latter, for each client; what is kept is divided by the divisor.
             election: None for the plain weighted sum; "total" or "frequency", as `ops.consensus.elect_sign`. Plus wins
                 where an election is a draw.
             normalize, scale: as in `fl_merge.stages`.
@@ -167,23 +169,20 @@ class Inputs:
             The bits of the largest float32 magnitude where there was no draw, and the election's draws.
         """
         out, code = _output(out_S, start, stop)
-        thresholds_N, last_N = np.zeros(self.clients, np.float32), np.zeros(self.clients, np.int64)
-        if cutoffs_N2 is not None:
-            thresholds_N = np.ascontiguousarray(cutoffs_N2[:, 0].float().numpy())
-            last_N = np.ascontiguousarray(cutoffs_N2[:, 1].long().numpy())
+        ones_N = [1.0] * self.clients
+        prune = 2 if keys_N is not None else (3 if upper_N2 is not None else 1 if cutoffs_N2 is not None else 0)
         places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
         largest, largest_drawn, tally, draws = self._kernels.prune_combine(
             *self._base,
             self._addresses_N,
             self._codes_N,
             weights_N.float().numpy(),
-            1 if cutoffs_N2 is not None else (2 if keys_N is not None else 0),
-            thresholds_N,
-            np.nextafter(thresholds_N, np.float32(np.inf)),
-            last_N,
+            prune,
+            *_cut(cutoffs_N2, self.clients),
+            *_cut(upper_N2, self.clients),
             np.array(keys_N if keys_N is not None else [0] * self.clients, dtype=np.uint64),
-            np.uint32(math.ceil(density * 2**32) - 1),
-            np.float32(density if rescale else 1.0),
+            np.array([math.ceil(density * 2**32) - 1 for density in density_N or ones_N], dtype=np.uint32),
+            np.array(divisor_N or ones_N, dtype=np.float32),
             {None: 0, "total": 1, "frequency": 2}[election],
             bool(normalize),
             np.float32(np.clip(scale, -_LARGEST, _LARGEST)),
@@ -290,6 +289,15 @@ def _output(out_S: Tensor, start: int, stop: int) -> tuple[int, int]:
             f"{tuple(out_S.shape)} {out_S.dtype} on {out_S.device} is no place for {stop - start} elements"
         )
     return out_S.data_ptr() - start * out_S.dtype.itemsize, CODES[out_S.dtype]
+
+
+def _cut(cutoffs_N2: Tensor | None, clients: int) -> tuple[Array, Array, Array]:
+    """Thresholds, the float32 that follows each, and last places."""
+    if cutoffs_N2 is None:
+        cutoffs_N2 = torch.zeros(clients, 2, dtype=torch.float64)
+    thresholds_N = np.ascontiguousarray(cutoffs_N2[:, 0].float().numpy())
+    last_N = np.ascontiguousarray(cutoffs_N2[:, 1].long().numpy())
+    return thresholds_N, np.nextafter(thresholds_N, np.float32(np.inf)), last_N
 
 
 def warm_up(kernels: ModuleType) -> None:

@@ -9,7 +9,7 @@ from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import Coordinate, Slice
 
 
-@merge_method(paper="Tenison et al., 2022, arXiv:2201.11986")
+@merge_method(paper="Tenison et al., 2022, arXiv:2201.11986", additive=True, passes="1")
 def fedgma(*, threshold: Annotated[float, Range(0.0, 1.0)] = 0.4, scale: Scale = 1.0) -> Coordinate:
     """Damp the elements on whose sign the clients disagree.
 

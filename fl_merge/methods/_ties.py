@@ -1,3 +1,5 @@
+from collections.abc import Mapping
+
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.consensus import Election
@@ -5,10 +7,10 @@ from fl_merge.shapes import Coordinate, ScopeName
 from fl_merge.stages import KeepLargest, Stages
 
 
-@merge_method(paper="Yadav et al., 2023, arXiv:2306.01708", identity={"density": 1.0})
+@merge_method(paper="Yadav et al., 2023, arXiv:2306.01708", identity={"density": 1.0}, additive=True, passes="2")
 def ties(
     *,
-    density: Density = 0.2,
+    density: Density | Mapping[str, Density] = 0.2,
     scale: Scale = 1.0,
     normalize: bool = True,
     scope: ScopeName = "tensor",
@@ -21,7 +23,7 @@ def ties(
     3. theta = theta_0 + scale * sum w_i tau_i / sum w_i, both over the clients whose trimmed delta has sign s
 
     Args:
-        density: fraction of the elements that is kept, in (0, 1].
+        density: fraction of the elements that is kept, in (0, 1]; for all clients or by client id.
         scale: multiplies the merged delta.
         normalize: if false, step 3 is the sum without the division.
         scope: "tensor": trim tensor by tensor (as mergekit and PEFT); "model": one threshold over the whole delta

@@ -32,34 +32,44 @@ def by_share(deltas_NRC: Tensor, weights_N: Tensor) -> Tensor:
 
 
 def disjoint_mean(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
-    """Weighted mean, element by element, over the clients whose delta has the elected sign; 0 where there are none.
+    """Weighted mean, element by element, over the clients that have the elected sign; 0 where there are none.
 
-    sum_i [sign(delta_i) = sign] w_i delta_i / sum_i [sign(delta_i) = sign] w_i      (Yadav et al., 2023)
+    sum_i [sign(w_i delta_i) = sign] w_i delta_i / sum_i [sign(w_i delta_i) = sign] w_i      (Yadav et al., 2023)
 
     Args:
         deltas_NS: (N, S), a floating dtype.
-        weights_N: (N,), float64, > 0.
+        weights_N: (N,), float64. With negative ones among them, what they are divided by may cancel: where less than
+            1e-6 of it is left the sum is not divided at all.
         sign_S: (S,), -1, 0 or 1.
 
     Returns:
         (S,), in the dtype of the deltas.
     """
-    agrees_NS = _agreement(deltas_NS, sign_S)
+    agrees_NS = _agreement(deltas_NS, weights_N, sign_S)
     total_S = weighted_sum(torch.where(agrees_NS, deltas_NS, 0.0), weights_N)
     share_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N)
+    if (weights_N < 0).any():
+        whole_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N.abs())
+        return torch.where(share_S.abs() > 1e-6 * whole_S, total_S / share_S, total_S)
     return torch.where(share_S > 0, total_S / share_S, 0.0)
 
 
 def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
-    """Weighted sum, element by element, over the clients whose delta has the elected sign.
+    """Weighted sum, element by element, over the clients that have the elected sign.
 
     Args and Returns: as `disjoint_mean`.
     """
-    return weighted_sum(torch.where(_agreement(deltas_NS, sign_S), deltas_NS, 0.0), weights_N)
+    return weighted_sum(torch.where(_agreement(deltas_NS, weights_N, sign_S), deltas_NS, 0.0), weights_N)
 
 
-def _agreement(deltas_NS: Tensor, sign_S: Tensor) -> Tensor:
-    return (deltas_NS.sign() == sign_S) & (sign_S != 0)
+def directed(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
+    """The deltas turned the way in which their weights take them: those of negative weights with the other sign."""
+    negative_N = (weights_N < 0).to(deltas_NS.device)
+    return torch.where(negative_N[:, None], -deltas_NS, deltas_NS) if negative_N.any() else deltas_NS
+
+
+def _agreement(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor:
+    return (directed(deltas_NS, weights_N).sign() == sign_S) & (sign_S != 0)
 
 
 def add_scaled_delta(total_S: Tensor, base_S: Tensor, client_S: Tensor, coefficient: float | Tensor) -> None:

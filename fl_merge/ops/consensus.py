@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fl_merge.ops.combine import disjoint_mean, disjoint_sum, weighted_sum
+from fl_merge.ops.combine import directed, disjoint_mean, disjoint_sum, weighted_sum
 
 Election = Literal["total", "frequency"]
 
@@ -25,26 +25,33 @@ def elect_sign(deltas_NS: Tensor, weights_N: Tensor, election: Election = "total
         (S,), -1, 0 or 1 in the dtype of the deltas; 0 where neither sign wins.
     """
     if election == "frequency":
-        return deltas_NS.sign().sum(dim=0).sign()
+        return directed(deltas_NS, weights_N).sign().sum(dim=0).sign()
     return weighted_sum(deltas_NS, weights_N).sign()
 
 
 def disjoint_merge(
-    deltas_NS: Tensor, weights_N: Tensor, election: Election, tally: Callable[[], int], *, normalize: bool
+    deltas_NS: Tensor,
+    weights_N: Tensor,
+    election: Election,
+    tally: Callable[[], int],
+    *,
+    normalize: bool,
+    voices_N: Tensor | None = None,
 ) -> Tensor:
     """Elect a sign for each element, then average (or sum) the deltas that have it: steps 2 and 3 of TIES.
 
     Args:
         deltas_NS: (N, S), trimmed.
-        weights_N: (N,), float64, > 0.
+        weights_N: (N,), float64.
         election: as `elect_sign`.
         tally: gives the sum of the whole tensor's elected signs; asked only if an element's deltas cancel exactly.
         normalize: the mean over the clients with the elected sign, or else the sum.
+        voices_N: (N,), float64: the weights in the election; None for `weights_N`.
 
     Returns:
         (S,), in the dtype of the deltas.
     """
-    sign_S = elect_sign(deltas_NS, weights_N, election)
+    sign_S = elect_sign(deltas_NS, weights_N if voices_N is None else voices_N, election)
     if ((sign_S == 0) & (deltas_NS != 0).any(dim=0)).any():
         sign_S = settle_draws(sign_S, tally())
     return (disjoint_mean if normalize else disjoint_sum)(deltas_NS, weights_N, sign_S)

@@ -71,7 +71,7 @@ class GramSum:
         """The next blocks' partial sums, (blocks, N, N)."""
         self._pending = torch.cat([self._pending, partials])
         while len(self._pending) >= _GROUP:
-            carried: Tensor | None = _added(self._pending[:_GROUP])
+            carried: Tensor | None = added_by_halves(self._pending[:_GROUP])
             self._pending = self._pending[_GROUP:].clone()
             for place, sum_NN in enumerate(self._sums):
                 if sum_NN is None or carried is None:
@@ -88,7 +88,7 @@ class GramSum:
         Raises:
             MergeError: if a product or a sum is beyond float64.
         """
-        sum_NN = _added(self._pending)
+        sum_NN = added_by_halves(self._pending)
         for each_NN in self._sums:
             sum_NN = sum_NN if each_NN is None else each_NN + sum_NN
         return finite_gram(sum_NN)
@@ -106,7 +106,7 @@ def finite_gram(sum_NN: Tensor) -> Tensor:
     return gram_NN
 
 
-def _added(partials: Tensor) -> Tensor:
+def added_by_halves(partials: Tensor) -> Tensor:
     """The sum over the first dimension, by halves, in an order that depends on their number alone."""
     while len(partials) > 1:
         even = partials[: len(partials) // 2 * 2]

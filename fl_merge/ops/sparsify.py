@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,7 +64,48 @@ def trim_to_largest(deltas_NS: Tensor, first_index: int, cutoffs_N2: Tensor) -> 
     )
 
 
-def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float, *, rescale: bool) -> Tensor:
+def middle_counts(density: float, gamma: float, numel: int) -> tuple[int, int]:
+    """How many of `numel` elements are dropped as the largest, and how many of the next are kept.
+
+    int(gamma * numel), but no more than leaves `keep_count(density, numel)` to be kept; it may be 0.
+    """
+    kept = keep_count(density, numel)
+    return min(int(gamma * numel), numel - kept), kept
+
+
+def middle_cutoffs(delta_S: Tensor, dropped: int, kept: int) -> tuple[float, int, float, int]:
+    """The cuts between which the elements lie that are neither the `dropped` largest nor smaller than the next `kept`.
+
+    Returns:
+        Threshold and last index as of `largest_cutoff`, for the `dropped` largest and for the `dropped + kept` largest.
+        The first are (inf, -1), which nothing is above, if none is dropped.
+    """
+    upper = largest_cutoff(delta_S, dropped) if dropped else (math.inf, -1)
+    return *upper, *largest_cutoff(delta_S, dropped + kept)
+
+
+def trim_to_middle(deltas_NS: Tensor, first_index: int, cutoffs_N4: Tensor) -> Tensor:
+    """A slice of every client's delta without its largest and smallest elements (Davari et al., 2023).
+
+    Args:
+        deltas_NS, first_index: as for `trim_to_largest`.
+        cutoffs_N4: (N, 4), float64: of each client, as `middle_cutoffs`.
+    """
+    largest_NS = trim_to_largest(deltas_NS, first_index, cutoffs_N4[:, :2])
+    return torch.where(largest_NS != 0, 0.0, trim_to_largest(deltas_NS, first_index, cutoffs_N4[:, 2:]))
+
+
+def above_cut(scores_S: Tensor, index_S: Tensor, threshold: float, last: int) -> Tensor:
+    """Whether each score is above a cut, or just on it and not behind the index `last`.
+
+    Args:
+        scores_S: (S,), any slice of what the cut was found on, in the same dtype.
+        index_S: (S,), int64: the place of each element there.
+    """
+    return (scores_S > threshold) | ((scores_S == threshold) & (index_S <= last))
+
+
+def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float | Sequence[float], *, rescale: bool) -> Tensor:
     """The deltas with each element kept with probability `density`; kept ones divided by it if `rescale`.
 
     With the division the expected result is the delta itself (DARE; Yu et al., 2023, arXiv:2311.03099).
@@ -69,8 +113,61 @@ def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float, *, rescal
     Args:
         deltas_NS: (N, S), a floating dtype.
         uniform_NS: (N, S), float64 draws from [0, 1).
-        density: in (0, 1].
+        density: in (0, 1], for all clients or for each.
         rescale: whether to divide what is kept by `density`.
     """
-    kept_NS = torch.where(uniform_NS < density, deltas_NS, 0.0)
-    return kept_NS / density if rescale else kept_NS
+    density_N = torch.tensor(density, dtype=torch.float64, device=deltas_NS.device).expand(len(deltas_NS))
+    kept_NS = torch.where(uniform_NS < density_N[:, None], deltas_NS, 0.0)
+    return kept_NS / density_N.to(deltas_NS.dtype)[:, None] if rescale else kept_NS
+
+
+def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilon: float) -> Tensor:
+    """The probability with which each element is kept: linear in the rank of its magnitude within its row.
+
+    From density + epsilon / 2 for the largest to density - epsilon / 2 for the smallest, the lower index being the
+    larger of equal ones (DELLA; Deep et al., 2024, arXiv:2406.11617). 1 in rows of one element, and at density 1.
+
+    Args:
+        deltas_NS: (N, S), whole rows.
+        row: how many elements a row has.
+
+    Returns:
+        (N, S), float64.
+    """
+    if row <= 1:
+        return torch.ones(deltas_NS.shape, dtype=torch.float64, device=deltas_NS.device)
+    rows_NRC = deltas_NS.abs().reshape(len(deltas_NS), -1, row)
+    order_NRC = rows_NRC.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(row, dtype=torch.float64, device=deltas_NS.device)
+    place_NRC = torch.empty(rows_NRC.shape, dtype=torch.float64, device=deltas_NS.device)
+    place_NRC.scatter_(-1, order_NRC, places.expand(rows_NRC.shape))
+    chances = [
+        torch.ones_like(place_RC) if density >= 1 else density + epsilon / 2 - place_RC / (row - 1) * epsilon
+        for place_RC, density in zip(place_NRC, density_N, strict=True)
+    ]
+    return torch.stack(chances).reshape(deltas_NS.shape)
+
+
+def keep_by_chance(deltas_NS: Tensor, uniform_NS: Tensor, chance_NS: Tensor, *, rescale: bool) -> Tensor:
+    """The deltas with each element kept with its own probability; kept ones divided by that if `rescale`."""
+    kept_NS = torch.where(uniform_NS < chance_NS, deltas_NS, 0.0)
+    return kept_NS / chance_NS.to(deltas_NS.dtype) if rescale else kept_NS
+
+
+def keep_length(kept_NS: Tensor, norms_2N: Tensor) -> Tensor:
+    """What was kept of each delta, rescaled so that the whole delta's L1 norm stays.
+
+    Args:
+        kept_NS: (N, S).
+        norms_2N: (2, N), float64: of the whole deltas, and of what was kept of them.
+
+    Returns:
+        (N, S); a delta of which nothing was kept is left as it is.
+    """
+    return kept_NS / shrinkage(norms_2N).to(kept_NS.device, kept_NS.dtype)[:, None]
+
+
+def shrinkage(norms_2N: Tensor) -> Tensor:
+    """(N,) float64: how much of each delta's norm was kept; 1 where nothing was."""
+    before_N, after_N = norms_2N
+    return torch.where((after_N > 0) & (before_N > 0), after_N / before_N, 1.0)

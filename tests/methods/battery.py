@@ -124,6 +124,8 @@ def choices(annotation: object) -> tuple:
     """All values of a parameter that has few: a Literal's, a bool's."""
     if typing.get_origin(annotation) is typing.Literal:
         return typing.get_args(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(choice for option in typing.get_args(annotation) for choice in choices(option))
     return (True, False) if annotation is bool else ()
 
 
@@ -159,7 +161,7 @@ def bad_values(annotation: object) -> list:
         return ["no such choice", None, 1, True, [arguments[0]]]
     if origin in (typing.Union, types.UnionType):
         bad = [value for option in arguments if option is not type(None) for value in bad_values(option)]
-        return [value for value in bad if value is not None]
+        return [value for value in bad if value is not None and not (bool in arguments and isinstance(value, bool))]
     if inspect.isclass(origin) and issubclass(origin, typing.Mapping):
         inner = [value for value in bad_values(arguments[1]) if value is not None]
         return [3.0, "text", ["a"], {1.5: 1.0}, *({"client": value} for value in inner)]

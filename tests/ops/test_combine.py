@@ -87,3 +87,22 @@ def test_inputs_are_not_modified():
     settle_draws(sign_S, -1)
     assert torch.equal(deltas_NS, DELTAS_NS)
     assert sign_S.tolist() == [-1.0, 1.0, 1.0, 0.0]
+
+
+def test_a_client_of_negative_weight_votes_against_its_delta():
+    """As mergekit: what is elected and added is w_i tau_i, and it is divided by the sum of the signed weights."""
+    deltas_NS = torch.tensor([[2.0, 1.0, 1.0], [-4.0, 1.0, -1.0]])
+    weights_N = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    sign_S = elect_sign(deltas_NS, weights_N)
+    assert sign_S.tolist() == [1.0, 1.0, 1.0]  # 2 + 2, 1 - 0.5, 1 + 0.5
+    assert elect_sign(deltas_NS, weights_N, "frequency").tolist() == [1.0, 0.0, 1.0]
+    # both agree: 4 / 0.5;  the first alone: 1 / 1;  both: 1.5 / 0.5
+    assert disjoint_mean(deltas_NS, weights_N, sign_S).tolist() == [8.0, 1.0, 3.0]
+    assert disjoint_sum(deltas_NS, weights_N, sign_S).tolist() == [4.0, 1.0, 1.5]
+
+
+def test_signed_weights_that_cancel_are_not_divided_by():
+    deltas_NS, sign_S = torch.tensor([[2.0], [-4.0]]), torch.tensor([1.0])
+    for rest in (0.0, 1e-9):
+        weights_N = torch.tensor([1.0, -1.0 + rest], dtype=torch.float64)
+        assert disjoint_mean(deltas_NS, weights_N, sign_S).tolist() == [6.0]

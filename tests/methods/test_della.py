@@ -1,0 +1,100 @@
+"""DELLA (Deep et al., 2024): the larger, the more likely kept; unbiased; rows of one element are kept."""
+
+import math
+
+import pytest
+import torch
+
+from fl_merge import RecipeError, merge
+from fl_merge.methods import dare_linear, della, della_linear, ties, weighted_average
+from fl_merge.ops.sparsify import rank_chances
+
+DRAWS = 400
+
+
+def test_chances_by_hand():
+    # two rows of three; magnitudes 3 1 2 and 5 5 4 (the first 5 is the larger)
+    deltas_NS = torch.tensor([[3.0, -1.0, 2.0, -5.0, 5.0, 4.0]])
+    found = rank_chances(deltas_NS, 3, [0.5], 0.2)
+    assert found.tolist() == [pytest.approx([0.6, 0.4, 0.5, 0.6, 0.5, 0.4])]
+
+
+def test_rows_of_one_element_are_kept():
+    """mergekit divides 0 by 0 there."""
+    base = {"column": torch.zeros(50, 1), "scalar": torch.tensor(0.0), "one": torch.zeros(1)}
+    client = {name: torch.full_like(tensor, 2.5) for name, tensor in base.items()}
+    for method in (della(density=0.3), della_linear(density=0.3)):
+        assert all(torch.equal(merge(method, base, [client])[name], client[name]) for name in base)
+
+
+@pytest.fixture(scope="module")
+def draws():
+    delta = torch.randn(6, 50, generator=torch.Generator().manual_seed(2))
+    base = {"w": torch.zeros(6, 50)}
+    method = della_linear(density=0.5, epsilon=0.6)
+    return delta, torch.stack([merge(method, base, [{"w": delta}], seed=seed)["w"] for seed in range(DRAWS)])
+
+
+def test_the_kept_fraction_is_linear_in_the_rank(draws):
+    delta, found = draws
+    rank = delta.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    for place in range(50):
+        chance = 0.8 - 0.6 * place / 49
+        kept = int((found != 0)[:, rank == place].sum())
+        trials = 6 * DRAWS
+        assert abs(kept - chance * trials) < 4 * math.sqrt(trials * chance * (1 - chance))
+
+
+def test_what_is_kept_is_divided_by_its_own_chance_and_the_mean_is_the_delta(draws):
+    delta, found = draws
+    rank = delta.abs().argsort(dim=1, descending=True).argsort(dim=1)
+    chance = 0.8 - 0.6 * rank.double() / 49
+    kept = found != 0
+    assert torch.allclose(found[kept].double(), (delta.double() / chance).expand_as(found)[kept], rtol=1e-6)
+    error = found.double().mean(0) - delta.double()
+    standard_error = delta.double().abs() * ((1 - chance) / chance / DRAWS).sqrt()
+    assert int((error.abs() > 3 * standard_error).sum()) <= 5
+    assert abs(float((error * delta.sign()).sum())) < 3 * float(standard_error.square().sum().sqrt())
+
+
+def test_epsilon_0_is_dare():
+    base = {"w": torch.zeros(40, 30)}
+    client = {"w": torch.randn(40, 30, generator=torch.Generator().manual_seed(3))}
+    one, other = (merge(m, base, [client], seed=9)["w"] for m in (della_linear(epsilon=0.0), dare_linear()))
+    assert torch.equal(one, other)
+
+
+def test_at_density_one_nothing_is_dropped():
+    base = {"w": torch.zeros(3)}
+    clients = [{"w": torch.tensor([4.0, -1.0, 2.0])}, {"w": torch.tensor([-3.0, 5.0, 1.0])}]
+    for ours, wanted in ((della_linear, weighted_average()), (della, ties(density=1.0))):
+        assert torch.equal(merge(ours(density=1.0), base, clients)["w"], merge(wanted, base, clients)["w"])
+
+
+@pytest.mark.parametrize("method", [dare_linear, della_linear])
+def test_rescaled_to_the_l1_norm(method):
+    """mergekit's way: what is kept has the length of the whole delta, in slices or not."""
+    base = {"w": torch.zeros(300, 200)}
+    client = {"w": torch.randn(300, 200, generator=torch.Generator().manual_seed(3))}
+    length = float(client["w"].double().abs().sum())
+    found = [
+        merge(method(density=0.3, rescale="l1"), base, [client], slice_elements=size)["w"] for size in (16384, 10**9)
+    ]
+    assert torch.equal(*found)
+    assert float(found[0].double().abs().sum()) == pytest.approx(length, rel=1e-6)
+    plain = merge(method(density=0.3, rescale=False), base, [client])["w"]
+    ratio = found[0][plain != 0] / plain[plain != 0]
+    assert float(ratio.max() / ratio.min()) == pytest.approx(1.0, abs=1e-6)
+    assert torch.equal(found[0] != 0, plain != 0)
+
+
+@pytest.mark.parametrize("method", [della, della_linear])
+def test_probabilities_outside_0_and_1_are_refused_at_construction(method):
+    wanted = r"parameter 'epsilon' of \w+: found 0.5, wanted a number in \[0, 0.2\] at density 0.9"
+    with pytest.raises(RecipeError, match=wanted):
+        method(density=0.9, epsilon=0.5)
+    with pytest.raises(RecipeError, match=r"at density 0\.1"):
+        method(density={"a": 0.5, "b": 0.1}, epsilon=0.5)
+    with pytest.raises(RecipeError, match=r"at density 0\.1"):
+        method(density=0.1, epsilon=0.2)  # the smallest would never be kept
+    method(density=1.0, epsilon=0.5)
