@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fl_merge import kernels
-from fl_merge.errors import NonFiniteError, TensorMismatchError, WeightError, one_line
+from fl_merge.errors import NonFiniteError, StatisticsError, TensorMismatchError, WeightError, one_line
 from fl_merge.kernels.passes import largest_magnitude, readable
+from fl_merge.naming import COUNT, FISHER, misfit
 from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
 
 MAX_NUM_EXAMPLES = 1e9
@@ -27,6 +28,11 @@ MAX_MAGNITUDE = 1e30
 
 _PIECE = 1 << 20
 
+_ROWS = 512
+
+_SLACK = 0.01
+"""What rounding (of sums in float16, at worst) may make of the symmetry of a Gram matrix."""
+
 
 def check_update(
     update: Update,
@@ -35,8 +41,11 @@ def check_update(
     max_num_examples: float = MAX_NUM_EXAMPLES,
     values: TensorSource | None = None,
     tied: Mapping[str, str] | None = None,
+    statistics: tuple[str, ...] = (),
 ) -> None:
     """Check an update whole against the base: number of examples, names, shapes, dtypes, finite values, tied weights.
+
+    And the statistics that were asked for: names, shapes, values that such statistics can have.
 
     Floating tensors may come in another floating dtype than the base's (float16 of a float32 model, say).
 
@@ -46,6 +55,7 @@ def check_update(
         max_num_examples: the largest weight a client may claim.
         values: the base itself, for the check that an element beyond `MAX_MAGNITUDE` is the base's own.
         tied: names that are another name's tensor, and that name; the update's must be equal.
+        statistics: the kinds that were asked for ("fisher", "gram").
 
     Raises:
         UpdateError: of the kind that says what is wrong, naming the client and the tensor.
@@ -59,8 +69,59 @@ def check_update(
         for name, first in (tied or {}).items():
             if not torch.equal(update.tensors.read(name), update.tensors.read(first)):
                 raise TensorMismatchError(f"differs from '{first}', to which it is tied in the base", tensor=name)
-    except (WeightError, TensorMismatchError, NonFiniteError) as error:
+        if statistics:
+            check_statistics(update.statistics, base, statistics, max_num_examples)
+    except (WeightError, TensorMismatchError, NonFiniteError, StatisticsError) as error:
         raise error.of_client(update.client_id) from None
+
+
+def check_statistics(
+    found: TensorSource | None,
+    base: Mapping[str, TensorSpec],
+    kinds: tuple[str, ...],
+    max_num_examples: float = MAX_NUM_EXAMPLES,
+) -> None:
+    """Statistics of these kinds and no others, of shapes that fit the base, with values that they can have.
+
+    Fisher information and the diagonal of a Gram matrix are not negative; a Gram matrix is symmetric, and no element of
+    it is larger than the two on the diagonal allow. Whether they are those of the client's data nobody can tell.
+
+    Raises:
+        StatisticsError: naming the statistic.
+    """
+    specs = found.specs() if found is not None else {}
+    for kind in kinds:
+        if not any(name.startswith(f"{kind}/") for name in specs):
+            raise StatisticsError(f"sent no statistics '{kind}'; this method needs them")
+    if found is None or COUNT not in specs:
+        raise StatisticsError(f"sent statistics without '{COUNT}', the number of examples that they are sums over")
+    for name, spec in specs.items():
+        problem = misfit(name, spec, base, kinds) or _no_such_values(name, found.read(name), max_num_examples)
+        if problem:
+            raise StatisticsError(f"statistics: {problem}", tensor=name)
+
+
+def _no_such_values(name: str, values: Tensor, max_num_examples: float) -> str | None:
+    """What is wrong with a statistic's values; None if nothing is."""
+    if name == COUNT:
+        count = float(values)
+        return None if MIN_NUM_EXAMPLES <= count <= max_num_examples else f"{count:g} examples, wanted a number > 0"
+    wide = values if values.dtype == torch.float64 else values.float()
+    if not bool((wide.abs() <= MAX_MAGNITUDE).all()):
+        return f"holds NaN, infinity or a magnitude above {MAX_MAGNITUDE:g}"
+    diagonal = wide.diagonal(dim1=-2, dim2=-1) if wide.dim() > 1 and not name.startswith(f"{FISHER}/") else wide
+    if bool((diagonal < 0).any()):
+        return f"{float(diagonal.min()):g} where a sum of squares or a count stands, wanted none below 0"
+    if diagonal is not wide:
+        root = diagonal.sqrt()
+        for rows in range(0, wide.shape[-1], _ROWS):  # or it would take three more matrices of that size
+            part = slice(rows, rows + _ROWS)
+            allowed = root[..., part, None] * root[..., None, :]
+            slack = _SLACK * allowed + torch.finfo(wide.dtype).tiny
+            apart = (wide[..., part, :] - wide[..., part].mT).abs()
+            if bool((wide[..., part, :].abs() > allowed + slack).any() | (apart > slack).any()):
+                return "is not symmetric, or has elements larger than its diagonal allows: no Gram matrix"
+    return None
 
 
 def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> float:

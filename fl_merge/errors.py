@@ -7,6 +7,7 @@
         NonFiniteError                  NaN or infinity
         DecodeError                     bytes that are not what they claim to be
         WeightError                     a number of examples that is no weight
+        StatisticsError                 statistics that are missing, do not fit the base, or cannot be what they should
       MergeError                        the operator: nothing left to merge, quorum missed, two outputs with one name
 
 A message says where, what was found and what was wanted.
@@ -89,3 +90,7 @@ class DecodeError(UpdateError):
 
 class WeightError(UpdateError):
     """The number of examples is missing, not finite, not positive or beyond the limit."""
+
+
+class StatisticsError(UpdateError):
+    """Statistics that a method needs are missing, do not fit the base, or have values that no such statistic has."""

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -55,6 +55,7 @@ class MergeReport:
         tensors: how many outputs were written.
         bytes_read, bytes_written: of tensors, each counted once.
         seconds: of wall time.
+        notes: what the plan says of tensors that were not merged as the method says, by name.
     """
 
     clients: tuple[str, ...]
@@ -63,6 +64,7 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def execute(
@@ -141,6 +143,7 @@ def execute(
         sum(entry.nbytes for entry in specs_read),
         sum(entry.nbytes for entry in everything.values()),
         time.perf_counter() - started,
+        {output.name: output.note for output in outputs if output.note},
     )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from fl_merge.check import check_update
 from fl_merge.errors import RecipeError
 from fl_merge.execute import execute
-from fl_merge.method import as_method
+from fl_merge.method import as_method, sends
+from fl_merge.naming import STATISTICS
 from fl_merge.optimizers import ServerOptimized
 from fl_merge.store import MemorySink, MemorySource, tied_names
 from fl_merge.types import Cohort, MergeMethod, Update
@@ -25,6 +26,7 @@ def merge(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     seed: int = 0,
     *,
+    statistics: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]] | None = None,
     threads: int | None = None,
     slice_elements: int | None = None,
     device: str = "cpu",
@@ -37,6 +39,8 @@ def merge(
         updates: the clients' state dicts: a list (the clients are then called "0", "1", ...) or by client id.
         weights: one positive number a client (numbers of examples, say), in the same form; equal shares if left out.
         seed: of the random draws (DARE).
+        statistics: what `fl_merge.statistics.collect` gave for each client, in the form of `updates`; for methods that
+            need it.
         threads, slice_elements, device: as for `execute`; they do not change the result (a device may, in rounding).
 
     Returns:
@@ -58,13 +62,23 @@ def merge(
     for client_id, tensors in by_id.items():
         _require_tensors(f"client '{client_id}'", tensors)
     share = shares(list(by_id), weights)
+    measured = _statistics(list(by_id), statistics)
     cohort = Cohort(
         MemorySource(base, _tied(base, by_id)),
-        tuple(Update(client_id, share[client_id], MemorySource(update)) for client_id, update in by_id.items()),
+        tuple(
+            Update(client_id, share[client_id], MemorySource(update), statistics=measured.get(client_id))
+            for client_id, update in by_id.items()
+        ),
         seed=seed,
     )
     for update in cohort.updates:
-        check_update(update, cohort.base.specs(), max_num_examples=math.inf, values=cohort.base)
+        check_update(
+            update,
+            cohort.base.specs(),
+            max_num_examples=math.inf,
+            values=cohort.base,
+            statistics=tuple(kind for kind in sends(chosen) if kind in STATISTICS),
+        )
     sink = MemorySink()
     execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
     return sink.tensors
@@ -95,6 +109,20 @@ def shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float]
             "smaller numbers in the same proportions"
         ) from None
     return checked
+
+
+def _statistics(
+    client_ids: list[str], given: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]] | None
+) -> dict[str, MemorySource]:
+    if given is None:
+        return {}
+    by_id = dict(given) if isinstance(given, Mapping) else dict(zip(client_ids, given, strict=False))
+    if len(given) != len(client_ids) or set(by_id) != set(client_ids):
+        found = list(given) if isinstance(given, Mapping) else f"{len(given)} of them"
+        raise RecipeError(f"statistics: found {found}, wanted one dict for each of the clients {client_ids}")
+    for client_id, tensors in by_id.items():
+        _require_tensors(f"statistics of client '{client_id}'", tensors)
+    return {client_id: MemorySource(tensors) for client_id, tensors in by_id.items()}
 
 
 def _tied(base: Mapping[str, Tensor], updates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:

@@ -223,6 +223,23 @@ def as_method(method: object) -> MergeMethod:
     return typing.cast(MergeMethod, method)
 
 
+def sends(method: object) -> tuple[str, ...]:
+    """What a method, and those that it is made of, need from clients beyond their models: "fisher", "gram", "steps"."""
+    found: list[str] = []
+    if isinstance(method, Method):
+        found += METHODS[method.name].sends if method.name in METHODS else ()
+        inside: list[object] = [*method.parameters.values(), method.shape]
+    else:
+        inside = list(getattr(method, "__dict__", {}).values())
+    while inside:
+        part = inside.pop()
+        if isinstance(part, list | tuple):
+            inside += part
+        elif callable(getattr(part, "plan", None)):
+            found += sends(part)
+    return tuple(sorted(set(found)))
+
+
 def find(name: str) -> MethodEntry:
     """The registered method of that name; "module:function" imports the user's module first.
 

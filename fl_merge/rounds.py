@@ -14,7 +14,9 @@ import torch
 from fl_merge.check import MAX_NUM_EXAMPLES, check_update
 from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
 from fl_merge.execute import MergeReport
+from fl_merge.method import sends
 from fl_merge.model import GlobalModel
+from fl_merge.naming import STATISTICS
 from fl_merge.optimizers import optimizer_of
 from fl_merge.running import RunningSum
 from fl_merge.spill import Spill
@@ -118,6 +120,7 @@ class Round:
         self._wire = wire
         self._spill = spill
         self._running = running
+        self._statistics = asked_statistics(method)
         self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
         self._accepted: list[Accepted] = []
@@ -144,14 +147,18 @@ class Round:
             return self.refuse(client_id, "came after the server could keep no more updates")
         try:
             update = self._read(read)
+            if not self._statistics:  # nobody will read them
+                update = replace(update, statistics=None)
             check_update(
                 update,
                 self._specs,
                 max_num_examples=self.max_num_examples,
                 values=self._values,
                 tied=self._model.tied,
+                statistics=self._statistics,
             )
-            size = sum(spec.nbytes for spec in update.tensors.specs().values())
+            sources = [source for source in (update.tensors, update.statistics) if source is not None]
+            size = sum(spec.nbytes for source in sources for spec in source.specs().values())
             if self._running is not None:
                 self._running.add(update)
                 update = replace(update, tensors=MemorySource({}))
@@ -223,6 +230,11 @@ class Round:
             return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
         updates = tuple(self._updates.values())
         return self._model.merged(self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire)
+
+
+def asked_statistics(method: MergeMethod) -> tuple[str, ...]:
+    """The kinds of statistics that clients have to send for a method: of "fisher" and "gram"."""
+    return tuple(kind for kind in sends(method) if kind in STATISTICS)
 
 
 def quorum(sampled: int, min_replies: int | None, max_failures: float) -> int:

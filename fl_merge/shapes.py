@@ -107,7 +107,7 @@ class Span:
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor; fixed coefficients are computed here, so that their errors come before any work."""
         compute = self if self.gram else self.fixed(spec, None)
-        return _plan_deltas(spec, compute, self.scope)
+        return plan_deltas(spec, compute, self.scope)
 
     def fixed(self, spec: CohortSpec, gram_NN: Tensor | None) -> WeightedSum:
         """The sum that is left to do once the Gram matrix is known."""
@@ -148,7 +148,7 @@ class VectorSpan:
             return coefficients_N
 
         one_vector = Span(of_one_vector, gram=True, on=self.on)
-        for output in _plan_deltas(spec, self, "tensor"):
+        for output in plan_deltas(spec, self, "tensor"):
             yield replace(output, compute=one_vector) if _is_vector(output, self) else output
 
     def fixed(self, spec: CohortSpec, gram_VNN: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ class Coordinate:
         """One output a tensor."""
         if self.check is not None:
             self.check(spec)
-        return _plan_deltas(spec, self, self.scope)
+        return plan_deltas(spec, self, self.scope)
 
     def survey_of(self, client_id: str) -> Callable[[Tensor], Tensor] | None:
         """The survey of one client's delta, if there is any."""
@@ -275,7 +275,7 @@ class Matrix:
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor."""
         average = WeightedSum(1.0, spec.weights_N)
-        for output in _plan_deltas(spec, self, "tensor"):
+        for output in plan_deltas(spec, self, "tensor"):
             if output.compute is self and len(output.spec.shape) < 2:
                 yield Output(output.name, output.spec, output.reads, average, output.scope)
             else:
@@ -295,7 +295,7 @@ class Tensorwise:
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """One output a tensor."""
-        return _plan_deltas(spec, self, "tensor")
+        return plan_deltas(spec, self, "tensor")
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class Copy:
     """The one tensor that is read, unchanged."""
 
 
-def _plan_deltas(spec: CohortSpec, compute: object, scope: ScopeName) -> Iterator[Output]:
+def plan_deltas(spec: CohortSpec, compute: object, scope: ScopeName) -> Iterator[Output]:
     """The plan of a method that gives each floating tensor of the base a merged one of the same name and shape."""
     for name, tensor in spec.tensors.items():
         if tensor.dtype.is_complex:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fl_merge.errors import DecodeError, MergeError, RecipeError, TensorMismatchError, UpdateError
 from fl_merge.store import SAFETENSORS_DTYPES, Held, SafetensorsSource, check_storable, claim, layout, lock_folder
-from fl_merge.types import TensorSpec, Update
+from fl_merge.types import TensorSource, TensorSpec, Update
 
 PREFIX = "fl-merge-spill-"
 """With the process id and something random behind it, the name of a round's folder."""
@@ -78,7 +78,7 @@ class Spill:
         return self._folder
 
     def keep(self, update: Update) -> Update:
-        """The same update with its tensors on disk; nothing of what it was read from is referred to any more.
+        """The same update with its tensors and statistics on disk; nothing of what it was read from is referred to.
 
         Args:
             update: has passed the check.
@@ -92,33 +92,58 @@ class Spill:
                 has.
             MergeError: if it cannot be written: the disk is full, say. Nothing of it is left there then.
         """
-        specs = update.tensors.specs()
-        for name, spec in specs.items():
-            if spec.dtype not in SAFETENSORS_DTYPES:
-                known = ", ".join(_short(dtype) for dtype in SAFETENSORS_DTYPES)
-                raise TensorMismatchError(
-                    f"dtype {_short(spec.dtype)} cannot be kept on disk, wanted one of {known}",
-                    client_id=update.client_id,
-                    tensor=name,
-                )
-        check_storable(specs)
-        head, places, size = layout(specs, {})
+        sources = {"": update.tensors} | ({"-statistics": update.statistics} if update.statistics is not None else {})
+        size = sum(self._size(source, update.client_id) for source in sources.values())
         if self._max_bytes is not None and size > self._max_bytes // self._clients:
             raise UpdateError(
                 f"{size:,} bytes are more than a client's share of max_spill_bytes ({self._max_bytes:,} for "
                 f"{self._clients}); raise it to {size * self._clients:,}",
                 client_id=update.client_id,
             )
-        final = self.open() / f"{self._count:06d}.safetensors"
-        temporary = final.with_suffix(".tmp")
+        number = self._count
         self._count += 1
+        written: list[Path] = []
+        kept = []
+        for suffix, source in sources.items():
+            path = self.open() / f"{number:06d}{suffix}.safetensors"
+            try:
+                kept.append(self._write(source, path, update.client_id))
+            except BaseException:
+                for earlier in written:
+                    earlier.unlink(missing_ok=True)
+                raise
+            written.append(path)
+        return replace(update, tensors=kept[0], statistics=kept[1] if len(kept) > 1 else None)
+
+    @staticmethod
+    def _size(source: TensorSource, client_id: str) -> int:
+        """Bytes that its file will have behind the header.
+
+        Raises:
+            UpdateError: for a dtype that no safetensors file has.
+        """
+        specs = source.specs()
+        for name, spec in specs.items():
+            if spec.dtype not in SAFETENSORS_DTYPES:
+                known = ", ".join(_short(dtype) for dtype in SAFETENSORS_DTYPES)
+                raise TensorMismatchError(
+                    f"dtype {_short(spec.dtype)} cannot be kept on disk, wanted one of {known}",
+                    client_id=client_id,
+                    tensor=name,
+                )
+        check_storable(specs)
+        return layout(specs, {})[2]
+
+    def _write(self, source: TensorSource, final: Path, client_id: str) -> SpilledTensors:
+        head, places, size = layout(source.specs(), {})
+        temporary = final.with_suffix(".tmp")
         checksums = {}
         try:
             with open(temporary, "wb", buffering=0) as file:
                 claim(file.fileno(), 0, len(head) + size)  # where it cannot, the writes will tell
                 _write(file.fileno(), memoryview(head))
                 for name in places:
-                    data = _bytes_of(update.tensors.read(name))
+                    data = _bytes_of(source.read(name))
                     checksums[name] = zlib.crc32(data)
                     _write(file.fileno(), data)
             os.replace(temporary, final)
@@ -128,7 +153,7 @@ class Spill:
             raise MergeError(
                 f"cannot keep an update of {size:,} bytes in '{self._parent}' (spill_folder): {error.strerror}"
             ) from error
-        return replace(update, tensors=SpilledTensors(final, checksums, update.client_id))
+        return SpilledTensors(final, checksums, client_id)
 
     def close(self) -> None:
         """Remove the folder and all that is in it; updates that are still mapped stay readable on POSIX systems."""

@@ -284,6 +284,7 @@ class Output:
         compute: how.
         scope: over which tensors statistics run; None for the tensor itself.
         weights_N: the shares of the clients that are read, as they are; None for the cohort's.
+        note: what the report says of it: that it was not merged as the method says, and why.
     """
 
     name: str
@@ -292,6 +293,7 @@ class Output:
     compute: Compute
     scope: Scope | None = None
     weights_N: tuple[float, ...] | None = None
+    note: str = ""
 
 
 class MergeMethod(Protocol):

@@ -6,19 +6,24 @@
         ...
         return reply(message, model.state_dict(), num_examples=len(data), dtype="bfloat16")
 
+Methods that need statistics of the clients' data (`regmean`, `fisher`) ask for them in the round's config; one argument
+answers: `reply(..., statistics=collect_if_asked(message, model, batches))`.
+
 Clients that use Flower's own `to_torch_state_dict` and `ArrayRecord` work as well, in the dtypes that numpy has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from torch import Tensor
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
 
 from fl_merge.errors import DecodeError
-from fl_merge.flower.records import to_record, to_tensors
+from fl_merge.flower.records import STATISTICS_KEY, STATISTICS_RECORD, to_record, to_tensors
+from fl_merge.statistics import collect
 
 
 def receive(message: Message) -> dict[str, Tensor]:
@@ -40,6 +45,7 @@ def reply(
     metrics: Mapping[str, float | int] | None = None,
     dtype: torch.dtype | str | None = None,
     weighted_by_key: str = "num-examples",
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> Message:
     """The reply to a train or evaluate message.
 
@@ -50,8 +56,40 @@ def reply(
         metrics: numbers to report beside it.
         dtype: send floating tensors in this dtype ("bfloat16" halves the uplink of float32); None as they are.
         weighted_by_key: the name of the number of examples, as the strategy has it.
+        statistics: what `collect_if_asked` gave; None or empty for none.
     """
     content = RecordDict({"metrics": MetricRecord({**(metrics or {}), weighted_by_key: num_examples})})
     if tensors is not None:
         content["arrays"] = to_record(tensors, dtype)
+    if statistics:
+        content[STATISTICS_RECORD] = to_record(statistics)
     return Message(content, reply_to=message)
+
+
+def statistics_asked(message: Message) -> tuple[str, ...]:
+    """The kinds of statistics that the server's method needs from this client: of "fisher" and "gram"; often none."""
+    for record in message.content.values():
+        if isinstance(record, ConfigRecord) and record.get(STATISTICS_KEY):
+            return tuple(str(record[STATISTICS_KEY]).split(","))
+    return ()
+
+
+def collect_if_asked(
+    message: Message,
+    model: nn.Module | Callable[[], nn.Module],
+    batches: Iterable[Any],
+    max_examples: int = 256,
+    **options: Any,
+) -> dict[str, Tensor] | None:
+    """The statistics that the server asks for, for `reply`; None if it asks for none, and then nothing is computed.
+
+    Args:
+        message: to train, from the server.
+        model: trained, under the names that the client sends; or a function that gives it.
+        batches, max_examples, options: as for `fl_merge.statistics.collect`.
+    """
+    asked = statistics_asked(message)
+    if not asked:
+        return None
+    module = model if isinstance(model, nn.Module) else model()
+    return collect(module, batches, asked, max_examples, **options)

@@ -10,8 +10,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fl_merge.check import check_num_examples
 from fl_merge.errors import DecodeError, UpdateError, WeightError, one_line
-from fl_merge.flower.records import RecordSource
-from fl_merge.rounds import Refusal, Round, average_metrics
+from fl_merge.flower.records import STATISTICS_RECORD, RecordSource
+from fl_merge.rounds import Refusal, Round, RoundReport, average_metrics
 from fl_merge.types import Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -24,13 +24,17 @@ def read_update(client_id: str, content: RecordDict, weighted_by_key: str, max_n
     """A client's update; its tensors are decoded when they are read.
 
     Raises:
-        UpdateError: if there is not one record of arrays and one of metrics, with the number of examples.
+        UpdateError: if there is not one record of arrays (beside that of statistics) and one of metrics, with the
+            number of examples.
     """
     num_examples, metrics = read_metrics(content, weighted_by_key, max_num_examples)
-    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
-    if len(records) != 1:
-        raise DecodeError(f"{len(records)} ArrayRecords, wanted one")
-    return Update(client_id, num_examples, RecordSource(records[0]), metrics)
+    arrays = {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
+    measured = arrays.pop(STATISTICS_RECORD, None) if len(arrays) > 1 else None
+    if len(arrays) != 1:
+        raise DecodeError(f"{len(arrays)} ArrayRecords, wanted one")
+    (model,) = arrays.values()
+    statistics = None if measured is None else RecordSource(measured)
+    return Update(client_id, num_examples, RecordSource(model), metrics, statistics)
 
 
 def read_metrics(content: RecordDict, weighted_by_key: str, max_num_examples: float) -> tuple[float, dict[str, Any]]:
@@ -154,3 +158,11 @@ def log_refused(refused: Sequence[Refusal], usable: int, phase: str) -> None:
     logger.info("aggregate_%s: %d usable replies, %d refused", phase, usable, len(refused))
     for refusal in refused:
         logger.warning("\trefused: %s", refusal)
+
+
+def log_notes(report: RoundReport) -> None:
+    """Say which tensors were not merged as the method says, and why: one line a reason."""
+    notes = report.merge.notes if report.merge is not None else {}
+    for note in dict.fromkeys(notes.values()):
+        names = [name for name, why in notes.items() if why == note]
+        logger.info("round %d: %s: %s", report.round_number, note, ", ".join(names))

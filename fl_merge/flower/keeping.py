@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fl_merge.hyperparameters import whole_number
 from fl_merge.model import GlobalModel
+from fl_merge.naming import expected_bytes
+from fl_merge.rounds import asked_statistics
 from fl_merge.running import RunningSum, running_factor
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
@@ -43,7 +45,9 @@ class Keeping:
 
     def spill(self, clients: int, model: GlobalModel) -> Spill | contextlib.nullcontext[None]:
         """Where the updates of a round of so many clients are kept; None for in memory."""
-        num_bytes = clients * sum(spec.nbytes for spec in model.specs().values())
+        specs = model.specs()
+        statistics = expected_bytes(specs, asked_statistics(self.method))
+        num_bytes = clients * (sum(spec.nbytes for spec in specs.values()) + statistics)
         if self.spill_folder is None and (self.spill_above_bytes is None or num_bytes <= self.spill_above_bytes):
             return contextlib.nullcontext()
         return Spill(self.spill_folder, self.max_spill_bytes, clients)

@@ -12,6 +12,12 @@ from fl_merge.codecs import CODECS, DTYPES, codec_for
 from fl_merge.errors import DecodeError, RecipeError
 from fl_merge.types import TensorSpec
 
+STATISTICS_KEY = "fl-merge.statistics"
+"""In the config of a message to train: the kinds of statistics that the client is asked for, joined with commas."""
+
+STATISTICS_RECORD = "statistics"
+"""The name of the ArrayRecord in which a client sends them."""
+
 
 def to_record(
     tensors: Mapping[str, Tensor],

@@ -19,6 +19,7 @@ from fl_merge.flower.contents import (
     Evaluations,
     MetricsFunction,
     client_of,
+    log_notes,
     log_refused,
     metrics_of,
     take_in,
@@ -26,6 +27,7 @@ from fl_merge.flower.contents import (
 )
 from fl_merge.flower.keeping import SPILL_ABOVE_BYTES, Keeping
 from fl_merge.flower.loop import run_rounds
+from fl_merge.flower.records import STATISTICS_KEY
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.requests import Requests
@@ -35,7 +37,7 @@ from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Round, RoundReport, quorum
+from fl_merge.rounds import Round, RoundReport, asked_statistics, quorum
 from fl_merge.types import MergeMethod
 
 __all__ = ["SPILL_ABOVE_BYTES", "FedMerge", "MetricsFunction", "RunFailedError"]
@@ -126,6 +128,7 @@ class FedMerge(Strategy):
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         self.method = as_method(method)
+        self.statistics = asked_statistics(self.method)
         folder = None if spill_folder is None else Path(spill_folder)
         self.keeping = Keeping(self.method, folder, max_spill_bytes, spill_above_bytes, running_sum)
         self.fraction_train = fraction_train
@@ -339,6 +342,7 @@ class FedMerge(Strategy):
             logger.error("round %d made no model, the old one stands: %s", server_round, report.failure)
         else:
             self._merged_rounds += 1
+            log_notes(report)
             self._carried.follow(model)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
@@ -399,6 +403,8 @@ class FedMerge(Strategy):
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         settings = config.copy()
         settings["server-round"] = server_round
+        if message_type == MessageType.TRAIN and self.statistics:
+            settings[STATISTICS_KEY] = ",".join(self.statistics)
         assert self._carried.wire_record is not None
         content = RecordDict({self.arrayrecord_key: self._carried.wire_record, self.configrecord_key: settings})
         return self._requests.ask(nodes, content, message_type, server_round)

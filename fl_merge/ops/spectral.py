@@ -177,10 +177,10 @@ def least_interference(deltas_NRC: Tensor, coefficients_N: Tensor, ridge: float)
     """
     wide_NRC = deltas_NRC.double()
     coefficients = coefficients_N.tolist()
-    average_RC = torch.zeros_like(wide_NRC[0])
+    average_RC = wide_NRC[0].clone()
     grams = []
     for delta_RC, coefficient in zip(wide_NRC, coefficients, strict=True):
-        average_RC += coefficient * delta_RC
+        average_RC += coefficient * (delta_RC - wide_NRC[0])  # of equal deltas it is that delta, with no rounding
         square = float(delta_RC.square().sum())
         grams.append((delta_RC.T @ delta_RC) * (coefficient / square if square > 0 else 0.0))
     return weighted_solution(wide_NRC, grams, average_RC, ridge)

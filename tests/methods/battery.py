@@ -192,7 +192,22 @@ def run(entry: MethodEntry, settings: dict, base=BASE, clients=None, weights=WEI
     if clients is None:
         clients = {client_id: CLIENTS[client_id] for client_id in usual(entry, settings)}
     weights = {client_id: weights[client_id] for client_id in clients}
+    if {"gram", "fisher"} & set(entry.sends):
+        options["statistics"] = {client_id: made_up_statistics(entry.sends, client_id) for client_id in clients}
     return merge(entry.factory(**settings), base, clients, weights, seed=5, **options)
+
+
+def made_up_statistics(kinds: tuple[str, ...], client_id: str) -> dict[str, torch.Tensor]:
+    """Of the shapes that a client would send for the base, of fewer examples than most layers have inputs."""
+    draw = torch.Generator().manual_seed(len(client_id) + int(client_id))
+    found = {"count": torch.tensor(20.0 + int(client_id))}
+    for name, tensor in BASE.items():
+        if "fisher" in kinds and tensor.is_floating_point():
+            found[f"fisher/{name}"] = torch.rand(tensor.shape, generator=draw)
+        if "gram" in kinds and name.endswith(".weight") and tensor.dim() > 1:
+            inputs = torch.randn(30, tensor[0].numel(), generator=draw)
+            found[f"gram/{name.removesuffix('.weight')}"] = inputs.T @ inputs
+    return found
 
 
 def order_threads_and_slices_do_not_matter(entry: MethodEntry, settings: dict) -> None:

@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from digits_clients import model
 from digits_clients.data import Client, client
 from digits_clients.settings import Settings
-from fl_merge.flower.client import receive, reply
+from fl_merge.flower.client import collect_if_asked, receive, reply
 
 app = ClientApp()
 
@@ -35,7 +35,9 @@ def train(message: Message, context: Context) -> Message:
     )
     accuracy, loss = model.accuracy_and_loss(state, own.train)
     metrics = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition}
-    return reply(message, state, len(own.train), metrics, dtype=settings.wire_dtype)
+    batches = [(own.train.images_BHW, own.train.labels_B)]
+    statistics = collect_if_asked(message, model.network(state), batches, settings.statistics_examples)
+    return reply(message, state, len(own.train), metrics, dtype=settings.wire_dtype, statistics=statistics)
 
 
 @app.evaluate()

@@ -39,12 +39,12 @@ class Network(nn.Module):
         return self.output(torch.relu(self.hidden2(features)))
 
 
-def _network(state: Mapping[str, Tensor]) -> Network:
+def network(state: Mapping[str, Tensor]) -> Network:
     """A network of its own with these weights in float32."""
     with torch.device("meta"):  # draws nothing from the global generator
-        network = Network(len(state["hidden1.bias"]))
-    network.load_state_dict({k: v.detach().to(torch.float32).clone() for k, v in state.items()}, assign=True)
-    return network.requires_grad_()
+        empty = Network(len(state["hidden1.bias"]))
+    empty.load_state_dict({k: v.detach().to(torch.float32).clone() for k, v in state.items()}, assign=True)
+    return empty.requires_grad_()
 
 
 def random_state(seed: int = 0, hidden: int = HIDDEN) -> State:
@@ -87,22 +87,22 @@ def train(
         raise ValueError(
             f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate}: wanted >= 1, >= 1 and > 0"
         )
-    network, draws, steps = _network(state), seeded("train", seed), 0
+    trained, draws, steps = network(state), seeded("train", seed), 0
     # Four lines instead of torch.optim.SGD, whose first use costs each worker process well over a second of imports.
-    parameters = list(network.parameters())
+    parameters = list(trained.parameters())
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
     for _ in range(epochs):
         for batch in torch.randperm(len(examples), generator=draws).split(batch_size):
             if steps == max_steps:
                 break
-            loss = functional.cross_entropy(network(examples.images_BHW[batch]), examples.labels_B[batch])
+            loss = functional.cross_entropy(trained(examples.images_BHW[batch]), examples.labels_B[batch])
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
                     velocity.mul_(MOMENTUM).add_(gradient)
                     parameter.sub_(velocity, alpha=learning_rate)
             steps += 1
-    return {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    return {name: tensor.detach() for name, tensor in trained.state_dict().items()}
 
 
 def steps_an_epoch(num_examples: int, batch_size: int = BATCH_SIZE) -> int:
@@ -130,7 +130,7 @@ def initial(seed: int = 0) -> State:
 @torch.no_grad()
 def logits(state: Mapping[str, Tensor], images_BHW: Tensor) -> Tensor:
     """Logits (B, 10), float32, of images (B, 8, 8)."""
-    return _network(state)(images_BHW)
+    return network(state)(images_BHW)
 
 
 def accuracy_of(logits_BK: Tensor, labels_B: Tensor) -> float:

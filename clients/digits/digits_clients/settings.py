@@ -22,6 +22,7 @@ class Settings:
         batch_size: images a gradient step.
         seed: of the split, the pretraining and every client's training.
         wire_dtype: in which a client sends its model: a key of `WIRE_DTYPES`.
+        statistics_examples: how many of its images a client uses for statistics that the method asks for.
     """
 
     setting: str = "domains"
@@ -31,6 +32,7 @@ class Settings:
     batch_size: int = 32
     seed: int = 0
     wire_dtype: torch.dtype = torch.float32
+    statistics_examples: int = 256
 
     @classmethod
     def read(cls, run_config: Mapping[str, object]) -> Settings:
@@ -60,4 +62,5 @@ class Settings:
             batch_size=int(number("batch-size", cls.batch_size)),
             seed=int(number("seed", cls.seed)),
             wire_dtype=WIRE_DTYPES[wire],
+            statistics_examples=int(number("statistics-examples", cls.statistics_examples)),
         )
