@@ -243,15 +243,18 @@ def _add_fisher(
         # One draw at each position, and the square of the gradient of their sum: products of two positions have
         # expectation zero, since the expectation of each gradient is.
         terms = [(log_p_TK.gather(1, drawn[:, sample : sample + 1]).sum(), 1.0 / samples) for sample in range(samples)]
+    squares: dict[str, Tensor] = {}
     for log_p, weight in terms:
         gradients = torch.autograd.grad(log_p, list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
-            key = fisher_of(name)
-            if key not in sums:
-                sums[key] = torch.zeros(gradient.shape, dtype=torch.float64, device=gradient.device)
-            sums[key] += weight * gradient.double().square()
+            if name not in squares:
+                squares[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+            squares[name].addcmul_(gradient, gradient, value=weight)
+    for name, square in squares.items():
+        key = fisher_of(name)
+        sums[key] = sums[key] + square if key in sums else square.double()
 
 
 def _places(p_TK: Tensor) -> list[tuple[int, int]]:

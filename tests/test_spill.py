@@ -16,7 +16,7 @@ from fl_merge.codecs import DTYPES
 from fl_merge.errors import TensorMismatchError, UpdateError
 from fl_merge.methods import weighted_average
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Refusal, Round
+from fl_merge.rounds import Refusal, Round, asked_statistics
 from fl_merge.spill import PREFIX, Spill, remove_leftovers
 from fl_merge.store import MemorySource
 from fl_merge.types import Update
@@ -29,6 +29,7 @@ def every_kind_of_tensor(seed=0):
     tensors = {f"of.{label}": torch.randn(37, 3, generator=draw).mul(3).to(dtype) for label, dtype in DTYPES.items()}
     return tensors | {
         "large": torch.randn(300, 1000, generator=draw),
+        "layer.weight": torch.randn(4, 3, generator=draw),
         "turned": torch.randn(40, 60, generator=draw).T,
         "number": torch.tensor(-0.0),
         "nothing": torch.zeros(0, 3),
@@ -43,8 +44,18 @@ def bits(tensors):
     }
 
 
-def update(client_id="1", tensors=None, num_examples=1.0):
-    return Update(client_id, num_examples, MemorySource(tensors or {"w": torch.ones(4)}, {}), {"loss": 0.5})
+def update(client_id="1", tensors=None, num_examples=1.0, kinds=()):
+    inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(int(num_examples)))
+    statistics = {"count": torch.tensor(9.0)}
+    statistics |= {"gram/layer": inputs.T @ inputs} if "gram" in kinds else {}
+    statistics |= {"fisher/layer.weight": inputs[:4].square()} if "fisher" in kinds else {}
+    return Update(
+        client_id,
+        num_examples,
+        MemorySource(tensors or {"w": torch.ones(4)}, {}),
+        {"loss": 0.5},
+        MemorySource(statistics) if len(statistics) > 1 else None,
+    )
 
 
 def files_in(folder):
@@ -92,11 +103,12 @@ def test_the_merged_model_is_the_same_with_and_without(name, wire, tmp_path):
                 for key, tensor in model.sent.items()
                 if tensor.dtype != torch.bool
             } | {key: tensor for key, tensor in model.sent.items() if tensor.dtype == torch.bool}
-            sent = update(client_id, tensors, 1.0 + number)
+            sent = update(client_id, tensors, 1.0 + number, asked_statistics(build(name)))
             assert collected.offer(client_id, lambda sent=sent: sent) is None
         after, report = collected.merge()
         assert report.failure is None
-        assert len(files_in(tmp_path)) == (0 if spill is None else 1 + len(NAMES))
+        files = len(NAMES) * (2 if asked_statistics(build(name)) else 1)
+        assert len(files_in(tmp_path)) == (0 if spill is None else 1 + files)
         if spill is not None:
             spill.close()
         merged.append(bits(after.master()))
@@ -113,6 +125,22 @@ def test_nothing_of_the_message_is_kept(tmp_path):
         collected = Round(1, model, weighted_average(), ("1", "2"), spill=spill)
         assert collected.offer("1", lambda: Update("1", 1.0, sources.pop())) is None
         assert gone() is None
+
+
+def test_statistics_are_kept_count_for_the_room_and_go_with_the_rest(tmp_path):
+    with Spill(tmp_path) as spill:
+        kept = spill.keep(update("1", kinds=("gram",)))
+        assert set(kept.statistics.specs()) == {"count", "gram/layer"}
+        assert kept.statistics.read("count") == 9
+        [_, *files] = files_in(tmp_path)
+        assert [Path(file).name for file in files] == ["000000-statistics.safetensors", "000000.safetensors"]
+    assert files_in(tmp_path) == []
+    bytes_of_both = 4 * 4 + 4 * (1 + 9)
+    with Spill(tmp_path, max_bytes=bytes_of_both) as spill:
+        spill.keep(update("1", kinds=("gram",)))
+    words = rf"^client '1': {bytes_of_both} bytes are more than"
+    with Spill(tmp_path, max_bytes=bytes_of_both - 1) as spill, pytest.raises(UpdateError, match=words):
+        spill.keep(update("1", kinds=("gram",)))
 
 
 # --- no room ---------------------------------------------------------------------------------------------------------
