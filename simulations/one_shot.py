@@ -27,6 +27,8 @@ from digits_clients import data, model
 from digits_clients.data import Examples
 from digits_clients.model import State
 from fl_merge import METHODS, FlMergeError, build, merge
+from fl_merge.naming import STATISTICS
+from fl_merge.statistics import collect
 from study import Row
 
 SCALES = tuple(round(2 ** (k / 2), 3) for k in range(-8, 9))
@@ -94,6 +96,7 @@ class Federation:
         self.people = people
         self.weights = [float(len(client.train)) for client in people.clients]
         self.individual = people.individual
+        self._statistics: dict[tuple[str, ...], list[dict[str, torch.Tensor]]] = {}
 
     def row(self, name: str, setting: str, accuracies: Mapping[str, float], **more: object) -> Row:
         """The row of a model with these accuracies on the clients' test sets."""
@@ -107,8 +110,27 @@ class Federation:
         """One model of the N finetuned ones, weighted by their numbers of examples."""
         people = self.people
         return merge(
-            build(name, **settings), people.base, list(people.finetuned), self.weights, seed=people.seed, threads=1
+            build(name, **settings),
+            people.base,
+            list(people.finetuned),
+            self.weights,
+            seed=people.seed,
+            statistics=self.statistics(name),
+            threads=1,
         )
+
+    def statistics(self, name: str) -> list[dict[str, torch.Tensor]] | None:
+        """What the clients send for a method beyond their models; computed once, of all their training examples."""
+        kinds = tuple(kind for kind in METHODS[name].sends if kind in STATISTICS)
+        if not kinds:
+            return None
+        if kinds not in self._statistics:
+            pairs = zip(self.people.finetuned, self.people.clients, strict=True)
+            self._statistics[kinds] = [
+                collect(model.network(state), [client.train.images_BHW], kinds, max(len(client.train), 1))
+                for state, client in pairs
+            ]
+        return self._statistics[kinds]
 
     def tuned(self, name: str, scales: Sequence[float], validation: Sequence[Examples]) -> tuple[float, State]:
         """The scale with the best mean accuracy on the validation examples, the smallest of equals; and its model."""
