@@ -199,8 +199,9 @@ def run(entry: MethodEntry, settings: dict, base=BASE, clients=None, weights=WEI
 
 def made_up_statistics(kinds: tuple[str, ...], client_id: str) -> dict[str, torch.Tensor]:
     """Of the shapes that a client would send for the base, of fewer examples than most layers have inputs."""
-    draw = torch.Generator().manual_seed(len(client_id) + int(client_id))
-    found = {"count": torch.tensor(20.0 + int(client_id))}
+    seed = sum(client_id.encode())
+    draw = torch.Generator().manual_seed(seed)
+    found = {"count": torch.tensor(20.0 + seed)}
     for name, tensor in BASE.items():
         if "fisher" in kinds and tensor.is_floating_point():
             found[f"fisher/{name}"] = torch.rand(tensor.shape, generator=draw)
