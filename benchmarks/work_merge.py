@@ -116,7 +116,9 @@ def kernels(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
 
     def every_method() -> None:
         for cohort in cohorts:
-            for name in METHODS:
+            for name, entry in METHODS.items():
+                if entry.merges != "models":
+                    continue
                 method = build(name)
                 if len(cohort.updates) in method.clients:
                     execute(method, cohort, MemorySink())

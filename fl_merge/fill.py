@@ -19,13 +19,24 @@ from torch import Tensor
 
 from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
 from fl_merge.errors import MergeError
-from fl_merge.fillers import CompiledStages, CompiledSum, Defined, Filler, Values
+from fl_merge.fillers import CompiledElements, CompiledStages, CompiledSum, Defined, Filler, Values
 from fl_merge.kernels.passes import Inputs
 from fl_merge.measuring import measured
 from fl_merge.ops.gram import BLOCK, GramSum, finite_gram, gram_of_lines
 from fl_merge.ops.sparsify import keep_count, middle_counts, shrinkage
 from fl_merge.reading import Versions, flat, pieces, row_length, serves, shaped, whole_deltas
-from fl_merge.shapes import Coordinate, Copy, Matrix, Slice, Span, Tensorwise, VectorSpan, WeightedSum, draw_keys
+from fl_merge.shapes import (
+    Coordinate,
+    Copy,
+    Elements,
+    Matrix,
+    Slice,
+    Span,
+    Tensorwise,
+    VectorSpan,
+    WeightedSum,
+    draw_keys,
+)
 from fl_merge.stages import KeepLargest, KeepMiddle, KeepRandom, KeepRanked, Stages
 from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole
 
@@ -79,7 +90,7 @@ class Fillers:
         if isinstance(output.compute, Whole | Matrix | Tensorwise):
             return max(output.spec.numel, 1)
         compiled = self._kernels is not None and serves(output, self._device)
-        if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages):
+        if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages | Elements):
             compiled = False
         step, block = self._piece if compiled else self._step, self._block(output)
         return math.ceil(step / block) * block
@@ -216,6 +227,11 @@ class Fillers:
         joint_K = measured(
             compute.measures, joint_K, versions, weights_N, at, mapped, step=step, block=self._block(output)
         )
+        if versions.native is not None and isinstance(compute.stages, Elements):
+            native, clients = versions.native, versions.clients
+            if compute.stages.chosen:
+                native = native.some([int(client) for client in joint_K])
+            return CompiledElements(output, dtype, native, compute.stages, weights_N, clients)
         if versions.native is not None and isinstance(compute.stages, Stages):
             filler = self._stages(
                 compute.stages, output, dtype, versions.native, survey_NK, joint_K, scope_start=scope_start

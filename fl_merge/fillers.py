@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Draws, Inputs
-from fl_merge.shapes import WeightedSum
+from fl_merge.shapes import Elements, WeightedSum
 from fl_merge.stages import Stages
 from fl_merge.types import Output, compute_dtype
 
@@ -167,3 +167,31 @@ class CompiledStages(Filler):
             0, draws.count, minus_M := torch.empty(draws.count, dtype=self._dtype)
         )
         out_S[torch.from_numpy(draws.places_M - start)] = minus_M
+
+
+class CompiledElements(Filler):
+    """An elementwise method, by a compiled pass.
+
+    Args:
+        output, dtype: as for `Filler`.
+        native: where the inputs are.
+        elements: which method.
+        weights_N: the clients' shares.
+        clients: how many the method is told of; `native` may have fewer of them, those that are chosen.
+    """
+
+    def __init__(
+        self, output: Output, dtype: torch.dtype, native: Inputs, elements: Elements, weights_N: Tensor, clients: int
+    ) -> None:
+        super().__init__(output, dtype)
+        self._native = native
+        self._arguments: dict[str, Any] = {
+            "kind": elements.kind,
+            "count": elements.count(clients),
+            "factors_N": weights_N.tolist() if elements.weighted else [1.0] * native.clients,
+            "numbers": elements.numbers,
+            "scale": elements.scale,
+        }
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        self._require(self._native.combine_elements(**self._arguments, start=start, stop=stop, out_S=out_S))

@@ -216,6 +216,27 @@ Measure = Sums | Maxima | Cuts
 
 
 @dataclass(frozen=True)
+class Elements:
+    """An elementwise method for which there is a compiled pass; its `combine` is the definition, which the pass equals.
+
+    Args:
+        kind: of `kernels.passes.KINDS`.
+        numbers: up to three of the kind.
+        scale: multiplies the merged delta, where the kind has it.
+        count: from the number of clients to how many values are averaged, where the kind does.
+        weighted: whether the deltas are added with the clients' weights; else with 1.
+        chosen: whether the joint numbers are the places of the clients that take part.
+    """
+
+    kind: str
+    numbers: tuple[float, ...] = ()
+    scale: float = 1.0
+    count: Callable[[int], int] = lambda clients: clients
+    weighted: bool = False
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
 class Coordinate:
     """theta = theta_0 + combine(deltas), element by element.
 
@@ -232,7 +253,8 @@ class Coordinate:
         gram: from the cohort and the (N, N) float64 Gram matrix of the deltas in scope to K float64 numbers.
         scope: what the survey and the Gram matrix run over: each tensor, or the whole model's delta as one vector (in
             order of name).
-        stages: what this is made of, where the executor has a compiled pass for it (`fl_merge.stages`).
+        stages: what this is made of, where the executor has a compiled pass for it: `Elements`, or the `Stages` of
+            `fl_merge.stages`.
         rows: whether an element's result may depend on its whole row too: slices are then whole rows.
         check: raises a MergeError, when the merge is planned, for a cohort that the method cannot merge.
     """

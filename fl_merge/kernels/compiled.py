@@ -8,10 +8,12 @@ from fl_merge.kernels.counting import (
     nth_equal,
     sample_magnitudes,
 )
+from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.merging import prune_combine, uniform, vectors, weighted_sum
 
 __all__ = [
     "BLOCK",
+    "combine_elements",
     "count_magnitudes",
     "largest_magnitude",
     "magnitudes_between",

@@ -5,6 +5,7 @@ Suffixes: N clients, S the elements of a tensor or of a piece of it, K bins.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,17 @@ ROOM = 1 << 15
 
 BINS = 1 << 14
 """How many bins `count` tells apart."""
+
+KINDS = {
+    "median": 1,
+    "trimmed_mean": 2,
+    "mean_around_median": 3,
+    "largest": 4,
+    "unified": 5,
+    "consensus": 6,
+    "damped": 7,
+}
+"""The elementwise methods that have a pass, with the numbers by which `compiled` knows them."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -197,6 +209,49 @@ class Inputs:
         places_M, otherwise_M = places_M[:noted].copy(), otherwise_M[:noted].copy()
         return int(largest), Draws(int(tally), int(draws), int(largest_drawn), places_M, otherwise_M)
 
+    def combine_elements(
+        self,
+        kind: str,
+        *,
+        count: int,
+        factors_N: Sequence[float],
+        numbers: Sequence[float],
+        scale: float,
+        start: int,
+        stop: int,
+        out_S: Tensor,
+    ) -> int:
+        """Write base + merged delta of the elements from start to stop to `out_S`.
+
+        Args:
+            kind: one of `KINDS`.
+            count, factors_N, numbers, scale: as `kernels.elements.combine_elements`.
+            out_S: as long as the piece; float32, bfloat16 or float16.
+
+        Returns:
+            The bits of the largest float32 magnitude in it.
+        """
+        out, code = _output(out_S, start, stop)
+        numbers_K = np.zeros(3, np.float32)
+        numbers_K[: len(numbers)] = np.clip(numbers, -_LARGEST, _LARGEST)
+        return int(
+            self._kernels.combine_elements(
+                *self._base,
+                self._addresses_N,
+                self._codes_N,
+                KINDS[kind],
+                count,
+                np.array(factors_N, dtype=np.float32),
+                numbers_K,
+                sorting_network(self.clients),
+                np.float32(np.clip(scale, -_LARGEST, _LARGEST)),
+                start,
+                stop,
+                out,
+                code,
+            )
+        )
+
     def vectors(self, on: str, start: int, out_NS: Tensor) -> None:
         """Write the float32 deltas or weights from `start` on to `out_NS`, (N, S) float64."""
         self._kernels.vectors(*self._base, self._addresses_N, self._codes_N, on == "deltas", start, out_NS.numpy())
@@ -263,6 +318,26 @@ class Inputs:
         return int(self._kernels.nth_equal(*self._base, address, code, start, stop, np.uint32(wanted), nth))
 
 
+@functools.cache
+def sorting_network(count: int) -> Array:
+    """(P, 2) int64: pairs of places; putting the smaller value of each pair first, in order, sorts `count` values.
+
+    Batcher's odd-even merge sort (1968), for any number of values.
+    """
+    pairs = []
+    width = 1
+    while width < count:
+        step = width
+        while step:
+            for first in range(step % width, count - step, 2 * step):
+                for at in range(first, min(first + step, count - step)):
+                    if at // (2 * width) == (at + step) // (2 * width):
+                        pairs.append((at, at + step))
+            step //= 2
+        width *= 2
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:
     """The largest magnitude in a piece of a readable tensor; infinity or NaN if there is one."""
     bits = int(kernels.largest_magnitude(tensor_S.data_ptr(), CODES[tensor_S.dtype], start, stop))
@@ -307,6 +382,9 @@ def warm_up(kernels: ModuleType) -> None:
     weights_N = torch.tensor([0.5, 0.5], dtype=torch.float64)
     inputs.weighted_sum(1.0, [0.5, 0.5], 0, 4, out_S)
     inputs.prune_combine(weights_N, election="total", start=0, stop=4, out_S=out_S)
+    inputs.combine_elements(
+        "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
+    )
     inputs.vectors("deltas", 0, torch.empty(2, 4, dtype=torch.float64))
     inputs.sample(np.zeros(1, np.int64), 4)
     inputs.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)

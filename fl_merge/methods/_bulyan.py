@@ -6,7 +6,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Range
 from fl_merge.method import Clients, merge_method
 from fl_merge.ops.order import mean_around_median, select_by_krum
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 from fl_merge.types import CohortSpec
 
 
@@ -47,4 +47,5 @@ def bulyan(*, f: Annotated[int, Range(0)] = 1, selection: Literal["repeated", "o
         chosen_MS = deltas_NS[at.joint_K.long().to(deltas_NS.device)]
         return mean_around_median(chosen_MS, len(deltas_NS) - 4 * f)
 
-    return Coordinate(combine, gram=chosen, scope="model")
+    compiled = Elements("mean_around_median", count=lambda clients: clients - 4 * f, chosen=True)
+    return Coordinate(combine, gram=chosen, scope="model", stages=compiled)

@@ -6,7 +6,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Range, Scale
 from fl_merge.method import Clients, merge_method
 from fl_merge.ops.masks import consensus_delta
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 
 
 def _enough(scale: float, threshold: float, at_least: int, normalize: bool) -> Clients:
@@ -50,4 +50,5 @@ def consensus(
         factors_N = weights_N if normalize else torch.ones_like(weights_N)
         return consensus_delta(deltas_NS, factors_N, scale, threshold, at_least)
 
-    return Coordinate(combine)
+    compiled = Elements("consensus", (scale, threshold, at_least), weighted=normalize)
+    return Coordinate(combine, stages=compiled)

@@ -3,7 +3,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.masks import unified_delta
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 
 
 @merge_method(paper="Huang et al., 2024, arXiv:2405.17461")
@@ -22,4 +22,4 @@ def emr(*, scale: Scale = 1.0) -> Coordinate:
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         return scale * unified_delta(deltas_NS)
 
-    return Coordinate(combine)
+    return Coordinate(combine, stages=Elements("unified", scale=scale))

@@ -6,7 +6,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Range, Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 
 
 @merge_method(paper="Tenison et al., 2022, arXiv:2201.11986", additive=True, passes="1")
@@ -25,4 +25,4 @@ def fedgma(*, threshold: Annotated[float, Range(0.0, 1.0)] = 0.4, scale: Scale =
         mask_S = torch.where(agreement_S >= threshold, 1.0, agreement_S)
         return scale * mask_S * weighted_sum(deltas_NS, weights_N)
 
-    return Coordinate(combine)
+    return Coordinate(combine, stages=Elements("damped", (threshold,), scale, weighted=True))

@@ -2,7 +2,7 @@ from torch import Tensor
 
 from fl_merge.method import merge_method
 from fl_merge.ops.order import median as median_of
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 
 
 @merge_method(paper="Yin et al., 2018, arXiv:1803.01498", base=False)
@@ -18,4 +18,4 @@ def median() -> Coordinate:
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         return median_of(deltas_NS)
 
-    return Coordinate(combine)
+    return Coordinate(combine, stages=Elements("median"))

@@ -6,7 +6,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Range
 from fl_merge.method import Clients, merge_method
 from fl_merge.ops.order import trimmed_mean as mean_without_ends
-from fl_merge.shapes import Coordinate, Slice
+from fl_merge.shapes import Coordinate, Elements, Slice
 
 
 def _enough(beta: float) -> Clients:
@@ -36,7 +36,10 @@ def trimmed_mean(*, beta: Annotated[float, Range(0.0, math.nextafter(0.5, 0.0))]
     Flower's FedTrimmedAvg is the same, but takes cohorts of which it leaves out nobody.
     """
 
+    def left(clients: int) -> int:
+        return clients - 2 * int(beta * clients)
+
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         return mean_without_ends(deltas_NS, int(beta * len(deltas_NS)))
 
-    return Coordinate(combine)
+    return Coordinate(combine, stages=Elements("trimmed_mean", count=left))
