@@ -10,6 +10,9 @@ from typing import Any
 
 from benchmarks.engine_worker import Job, Work
 
+STEPS = {"local-steps": 7}
+"""What each client reports, for the methods that ask for it."""
+
 FLOOR_SLICE = 1 << 20
 """Bytes that one thread reads at a time: enough that the calls cost nothing, and it stays in a core's cache."""
 
@@ -79,7 +82,7 @@ def merge(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
     base, clients = model_folders(job, folder)
 
     def cohort(source: Callable[[Path], TensorSource]) -> Cohort:
-        updates = (Update(str(number), 1.0, source(path)) for number, path in enumerate(clients))
+        updates = (Update(str(number), 1.0, source(path), STEPS) for number, path in enumerate(clients))
         return Cohort(source(base), tuple(updates))
 
     if job["memory"]:
@@ -111,7 +114,7 @@ def kernels(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
     cohorts = []
     for models in job["folders"]:
         base, clients = model_folders(job, Path(models))
-        updates = [Update(str(number), 1.0, MemorySource(load(path))) for number, path in enumerate(clients)]
+        updates = [Update(str(number), 1.0, MemorySource(load(path)), STEPS) for number, path in enumerate(clients)]
         cohorts.append(Cohort(MemorySource(load(base)), tuple(updates)))
 
     def every_method() -> None:

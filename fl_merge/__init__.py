@@ -1,6 +1,7 @@
 """Federated learning in which model merging is the aggregation."""
 
 from fl_merge import methods
+from fl_merge.clipping import clip_norm
 from fl_merge.errors import FlMergeError, MergeError, RecipeError, UpdateError
 from fl_merge.hyperparameters import in_range
 from fl_merge.merging import merge
@@ -25,6 +26,7 @@ __all__ = [
     "adagrad",
     "adam",
     "build",
+    "clip_norm",
     "in_range",
     "merge",
     "merge_method",

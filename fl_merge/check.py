@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fl_merge import kernels
-from fl_merge.errors import NonFiniteError, StatisticsError, TensorMismatchError, WeightError, one_line
+from fl_merge.errors import MetricError, NonFiniteError, StatisticsError, TensorMismatchError, WeightError, one_line
 from fl_merge.kernels.passes import largest_magnitude, readable
 from fl_merge.naming import COUNT, FISHER, misfit
 from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
@@ -122,6 +123,26 @@ def _no_such_values(name: str, values: Tensor, max_num_examples: float) -> str |
             if bool((wide[..., part, :].abs() > allowed + slack).any() | (apart > slack).any()):
                 return "is not symmetric, or has elements larger than its diagonal allows: no Gram matrix"
     return None
+
+
+LOCAL_STEPS = "local-steps"
+MAX_STEPS = 10**6
+"""More local steps in a round are not believed: they would raise the mean of all clients' steps."""
+
+
+def check_metrics(metrics: Mapping[str, Any], sends: Sequence[str]) -> None:
+    """Check the metrics that a method needs ("steps": `local-steps`, a whole number from 1 to a million).
+
+    Raises:
+        MetricError: naming the metric.
+    """
+    if "steps" not in sends:
+        return
+    steps = metrics.get(LOCAL_STEPS)
+    number = steps if isinstance(steps, int | float) and not isinstance(steps, bool) else 0
+    if not 1 <= number <= MAX_STEPS or number != int(number):
+        found = "is missing" if steps is None else f"is {steps!r}"
+        raise MetricError(f"metric '{LOCAL_STEPS}' {found}, wanted the whole number of local steps, 1 to {MAX_STEPS:,}")
 
 
 def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> float:

@@ -8,6 +8,7 @@
         DecodeError                     bytes that are not what they claim to be
         WeightError                     a number of examples that is no weight
         StatisticsError                 statistics that are missing, do not fit the base, or cannot be what they should
+        MetricError                     a metric that the method needs is missing, or no such number
       MergeError                        the operator: nothing left to merge, quorum missed, two outputs with one name
 
 A message says where, what was found and what was wanted.
@@ -94,3 +95,7 @@ class WeightError(UpdateError):
 
 class StatisticsError(UpdateError):
     """Statistics that a method needs are missing, do not fit the base, or have values that no such statistic has."""
+
+
+class MetricError(UpdateError):
+    """A metric that the merge method needs is missing, or not what it is to be."""

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -56,6 +57,7 @@ class MergeReport:
         bytes_read, bytes_written: of tensors, each counted once.
         seconds: of wall time.
         notes: what the plan says of tensors that were not merged as the method says, by name.
+        found: what wrappers round the method found: the norms of `clip_norm`, the scale that was chosen.
     """
 
     clients: tuple[str, ...]
@@ -65,6 +67,7 @@ class MergeReport:
     bytes_written: int
     seconds: float
     notes: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 def execute(
@@ -96,6 +99,11 @@ def execute(
     started = time.perf_counter()
     if not cohort.updates:
         raise MergeError("there is nothing to merge: the cohort has no update")
+    found: Mapping[str, Any] = {}
+    prepare = getattr(method, "prepare", None)
+    if prepare is not None:  # a wrapper that looks at the updates first
+        with _pool(threads or os.cpu_count() or 1) as pool:
+            method, cohort, found = prepare(cohort, pool.map)
     spec = cohort.spec()
     outputs = list(method.plan(spec))
     written = {output.name: _master_spec(output.spec) if master else output.spec for output in outputs}
@@ -144,6 +152,7 @@ def execute(
         sum(entry.nbytes for entry in everything.values()),
         time.perf_counter() - started,
         {output.name: output.note for output in outputs if output.note},
+        found,
     )
 
 

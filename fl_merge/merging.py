@@ -9,8 +9,8 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from fl_merge.check import check_update
-from fl_merge.errors import RecipeError
+from fl_merge.check import check_metrics, check_update
+from fl_merge.errors import MetricError, RecipeError
 from fl_merge.execute import execute
 from fl_merge.method import as_method, sends
 from fl_merge.naming import STATISTICS
@@ -27,6 +27,7 @@ def merge(
     seed: int = 0,
     *,
     statistics: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]] | None = None,
+    metrics: Mapping[str, Mapping[str, float | int]] | None = None,
     threads: int | None = None,
     slice_elements: int | None = None,
     device: str = "cpu",
@@ -41,6 +42,7 @@ def merge(
         seed: of the random draws (DARE).
         statistics: what `fl_merge.statistics.collect` gave for each client, in the form of `updates`; for methods that
             need it.
+        metrics: what each client reported, by client id, for methods that need it (`fednova`: `local-steps`).
         threads, slice_elements, device: as for `execute`; they do not change the result (a device may, in rounding).
 
     Returns:
@@ -62,11 +64,17 @@ def merge(
     for client_id, tensors in by_id.items():
         _require_tensors(f"client '{client_id}'", tensors)
     share = shares(list(by_id), weights)
-    measured = _statistics(list(by_id), statistics)
+    measured, reported = _statistics(list(by_id), statistics), metrics or {}
     cohort = Cohort(
         MemorySource(base, _tied(base, by_id)),
         tuple(
-            Update(client_id, share[client_id], MemorySource(update), statistics=measured.get(client_id))
+            Update(
+                client_id,
+                share[client_id],
+                MemorySource(update),
+                dict(reported.get(client_id, {})),
+                measured.get(client_id),
+            )
             for client_id, update in by_id.items()
         ),
         seed=seed,
@@ -79,6 +87,10 @@ def merge(
             values=cohort.base,
             statistics=tuple(kind for kind in sends(chosen) if kind in STATISTICS),
         )
+        try:
+            check_metrics(update.metrics, sends(chosen))
+        except MetricError as error:
+            raise error.of_client(update.client_id) from None
     sink = MemorySink()
     execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
     return sink.tensors

@@ -208,6 +208,11 @@ class ServerOptimized:
         return self.method.plan(spec)
 
     @property
+    def prepare(self) -> Any:
+        """As the method inside, if it looks at the updates first."""
+        return getattr(self.method, "prepare", None)
+
+    @property
     def running(self) -> float | None:
         """As the method inside (`Span.running`)."""
         running: float | None = getattr(getattr(self.method, "shape", self.method), "running", None)

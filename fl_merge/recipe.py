@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from fl_merge.clipping import Clipped, clip_norm
 from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
 from fl_merge.hyperparameters import nearest
@@ -26,7 +27,7 @@ from fl_merge.method import METHODS, Method, Partition, build, partition
 from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
 from fl_merge.types import MergeMethod, TensorSpec
 
-_KEYS = ("merge_method", "parameters", "rules", "server_optimizer")
+_KEYS = ("merge_method", "parameters", "rules", "clip_norm", "server_optimizer")
 _RULE_KEYS = ("match", "merge_method", "parameters")
 
 
@@ -47,6 +48,7 @@ class Recipe:
         merge_method: a registered name, or "module:function".
         parameters: its settings; the rest take their defaults.
         rules: other methods for some tensors; the first match wins.
+        clip_norm: `max_norm` or `quantile`; empty for none.
         server_optimizer: `name`, its settings, and `skip`; empty for none.
     """
 
@@ -54,6 +56,7 @@ class Recipe:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[Rule] = ()
     server_optimizer: Mapping[str, Any] = field(default_factory=dict)
+    clip_norm: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, base: Mapping[str, TensorSpec] | None = None) -> MergeMethod:
         """The method that the recipe describes.
@@ -74,6 +77,9 @@ class Recipe:
                 except RecipeError as error:
                     raise RecipeError(f"rule {number} ('{rule.match}'): {error}") from None
             method = partition(rules, otherwise=method)
+        if self.clip_norm:
+            bounds = _mapping("clip_norm", self.clip_norm, ("max_norm", "quantile"))
+            method = clip_norm(method, max_norm=bounds.get("max_norm"), quantile=bounds.get("quantile"))
         if self.server_optimizer:
             settings = dict(self.server_optimizer)
             skip = settings.pop("skip", STATISTICS)
@@ -121,7 +127,8 @@ class Recipe:
             _text("merge_method", keys),
             _parameters("parameters", keys),
             tuple(_rule(number, rule) for number, rule in enumerate(rules, start=1)),
-            _optimizer(keys.get("server_optimizer")),
+            _wrapper("server_optimizer", keys, "name", "{name: adam, lr: 0.01}"),
+            _wrapper("clip_norm", keys, "max_norm", "{quantile: 0.5}"),
         )
 
     @classmethod
@@ -131,6 +138,7 @@ class Recipe:
             merge-method = "ties"
             parameters.density = 0.2
             rules."*norm*" = "weighted_average"
+            clip-norm = "{quantile: 0.5}"
             server-optimizer = "{name: adam, lr: 0.01}"
 
         `parameters` and `rules` may also be text in YAML, `parameters = "{density: 0.2}"`, which `flwr run
@@ -162,6 +170,7 @@ class Recipe:
                     "merge_method": config.get("merge-method", "weighted_average"),
                     "parameters": {str(key).replace("-", "_"): value for key, value in parameters.items()},
                     "rules": rules,
+                    "clip_norm": config.get("clip-norm") or None,
                     "server_optimizer": config.get("server-optimizer") or None,
                 }
             )
@@ -179,6 +188,11 @@ class Recipe:
             if method.skip != STATISTICS:
                 settings["skip"] = list(method.skip)
             return None if inner is None else replace(inner, server_optimizer=settings)
+        if isinstance(method, Clipped):
+            inner = cls.of(method.method)
+            bounds = {"max_norm": method.max_norm, "quantile": method.quantile}
+            bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+            return None if inner is None else replace(inner, clip_norm=bounds)
         if isinstance(method, Method):
             return cls(_name(method), dict(method.parameters))
         if isinstance(method, Partition) and isinstance(method.otherwise, Method):
@@ -199,6 +213,8 @@ class Recipe:
                 | ({"parameters": _plain(rule.parameters)} if rule.parameters else {})
                 for rule in self.rules
             ]
+        if self.clip_norm:
+            content["clip_norm"] = _plain(self.clip_norm)
         if self.server_optimizer:
             content["server_optimizer"] = _plain(self.server_optimizer)
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
@@ -292,16 +308,17 @@ def _parameters(key: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(value)
 
 
-def _optimizer(value: object) -> Mapping[str, Any]:
-    """A mapping as it is; text is a name, or such a mapping in YAML (in a run config)."""
+def _wrapper(key: str, content: Mapping[str, Any], short: str, example: str) -> Mapping[str, Any]:
+    """A mapping as it is; text is such a mapping in YAML (in a run config); anything else the setting `short` alone."""
+    value = content.get(key)
     if value is None:
         return {}
-    if isinstance(value, str):
-        parsed = _from_yaml(value)
-        value = parsed if isinstance(parsed, Mapping) else {"name": value}
-    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
-        raise RecipeError(f"server_optimizer: found {value!r}, wanted {{name: adam, lr: 0.01}}")
-    return dict(value)
+    parsed = _from_yaml(value) if isinstance(value, str) else value
+    if isinstance(parsed, str | int | float) and not isinstance(parsed, bool):
+        parsed = {short: parsed}
+    if not isinstance(parsed, Mapping) or not parsed or not all(isinstance(name, str) for name in parsed):
+        raise RecipeError(f"{key}: found {value!r}, wanted {example}")
+    return dict(parsed)
 
 
 def _rule(number: int, content: object) -> Rule:

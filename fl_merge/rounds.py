@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fl_merge.check import MAX_NUM_EXAMPLES, check_update
+from fl_merge.check import MAX_NUM_EXAMPLES, check_metrics, check_update
 from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
 from fl_merge.execute import MergeReport
 from fl_merge.method import sends
@@ -114,6 +114,7 @@ class Round:
         self.sampled = sampled
         self.min_replies = quorum(len(sampled), min_replies, max_failures)
         self._model = model
+        self._sends = sends(method)
         self._method = method
         self._seed = seed
         self.max_num_examples = max_num_examples
@@ -157,6 +158,7 @@ class Round:
                 tied=self._model.tied,
                 statistics=self._statistics,
             )
+            check_metrics(update.metrics, self._sends)
             sources = [source for source in (update.tensors, update.statistics) if source is not None]
             size = sum(spec.nbytes for source in sources for spec in source.specs().values())
             if self._running is not None:

@@ -75,7 +75,7 @@ def test_a_good_recipe_is_shown_with_all_its_settings(run: Run, tmp_path: Path) 
         ("merge_metod: ties\n", "unknown key 'merge_metod' in the recipe; did you mean 'merge_method'?"),
         ("merge_method: no_such_module:method\n", "cannot import 'no_such_module'"),
         ("merge_method: [ties\n", "not valid YAML"),
-        ("", "found None, wanted keys: merge_method, parameters, rules, server_optimizer"),
+        ("", "found None, wanted keys: merge_method, parameters, rules, clip_norm, server_optimizer"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(run: Run, tmp_path: Path, text: str, line: str) -> None:

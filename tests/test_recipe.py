@@ -126,14 +126,17 @@ def test_a_built_method_can_be_written_as_a_recipe(load):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "the recipe: found None, wanted keys: merge_method, parameters, rules, server_optimizer"),
-        ("- ties", "the recipe: found ['ties'], wanted keys: merge_method, parameters, rules, server_optimizer"),
+        ("", "the recipe: found None, wanted keys: merge_method, parameters, rules, clip_norm, server_optimizer"),
+        (
+            "- ties",
+            "the recipe: found ['ties'], wanted keys: merge_method, parameters, rules, clip_norm, server_optimizer",
+        ),
         ("parameters: {density: 0.2}", "merge_method: found None, wanted the name of a method"),
         ("merge_method: [ties]", "merge_method: found ['ties'], wanted the name of a method"),
         (
             "merge_methd: ties",
             "unknown key 'merge_methd' in the recipe; did you mean 'merge_method'? "
-            "(known: merge_method, parameters, rules, server_optimizer)",
+            "(known: clip_norm, merge_method, parameters, rules, server_optimizer)",
         ),
         ("merge_method: tyes", f"unknown merge method 'tyes'; did you mean 'ties'? {KNOWN}"),
         ("merge_method: xyzzy", f"unknown merge method 'xyzzy' {KNOWN}"),

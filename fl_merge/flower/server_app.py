@@ -38,6 +38,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "merge-method": "weighted_average",
     "parameters": "",
     "rules": "",
+    "clip-norm": "",
     "server-optimizer": "",
     "initial-model": "",
     "num-server-rounds": 3,

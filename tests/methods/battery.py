@@ -194,6 +194,8 @@ def run(entry: MethodEntry, settings: dict, base=BASE, clients=None, weights=WEI
     weights = {client_id: weights[client_id] for client_id in clients}
     if {"gram", "fisher"} & set(entry.sends):
         options["statistics"] = {client_id: made_up_statistics(entry.sends, client_id) for client_id in clients}
+    if "steps" in entry.sends:
+        options["metrics"] = {client: {"local-steps": 7} for client in clients}
     return merge(entry.factory(**settings), base, clients, weights, seed=5, **options)
 
 

@@ -34,7 +34,8 @@ def train(message: Message, context: Context) -> Message:
         seed=(settings.seed, server_round, partition),
     )
     accuracy, loss = model.accuracy_and_loss(state, own.train)
-    metrics = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition}
+    steps = settings.local_epochs * model.steps_an_epoch(len(own.train), settings.batch_size)
+    metrics = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition, "local-steps": steps}
     batches = [(own.train.images_BHW, own.train.labels_B)]
     statistics = collect_if_asked(message, model.network(state), batches, settings.statistics_examples)
     return reply(message, state, len(own.train), metrics, dtype=settings.wire_dtype, statistics=statistics)
