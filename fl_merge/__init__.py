@@ -9,6 +9,7 @@ from fl_merge.method import METHODS, build, merge_method, partition
 from fl_merge.optimizers import adagrad, adam, momentum, server_optimizer, yogi
 from fl_merge.recipe import Recipe
 from fl_merge.shapes import Coordinate, Matrix, Slice, Span
+from fl_merge.tuning import Tuner, auto_scale
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,11 @@ __all__ = [
     "RecipeError",
     "Slice",
     "Span",
+    "Tuner",
     "UpdateError",
     "adagrad",
     "adam",
+    "auto_scale",
     "build",
     "clip_norm",
     "in_range",

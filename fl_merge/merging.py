@@ -54,6 +54,26 @@ def merge(
         MergeError: if the merge gives no model.
     """
     chosen = as_method(method)
+    cohort = cohort_of(chosen, base, updates, weights, seed, statistics=statistics, metrics=metrics)
+    sink = MemorySink()
+    execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
+    return sink.tensors
+
+
+def cohort_of(
+    chosen: MergeMethod,
+    base: Mapping[str, Tensor],
+    updates: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    seed: int = 0,
+    *,
+    statistics: Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]] | None = None,
+    metrics: Mapping[str, Mapping[str, float | int]] | None = None,
+) -> Cohort:
+    """The cohort of a merge of state dicts, checked.
+
+    Args and Raises: as `merge`.
+    """
     if isinstance(chosen, ServerOptimized):
         raise RecipeError(
             f"merge: found {chosen}; a server optimizer steps from round to round, here is one merge: wanted its "
@@ -91,9 +111,7 @@ def merge(
             check_metrics(update.metrics, sends(chosen))
         except MetricError as error:
             raise error.of_client(update.client_id) from None
-    sink = MemorySink()
-    execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)
-    return sink.tensors
+    return cohort
 
 
 def shares(client_ids: list[str], weights: Sequence[float] | Mapping[str, float] | None) -> dict[str, float]:

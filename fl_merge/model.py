@@ -22,6 +22,7 @@ from fl_merge.errors import MergeError, RecipeError
 from fl_merge.execute import MergeReport, execute, merged_specs
 from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
 from fl_merge.store import MemorySink, MemorySource
+from fl_merge.tuning import Tuner, tune
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
 
 Encoded = Mapping[tuple[str, torch.dtype], bytes]
@@ -150,11 +151,12 @@ class GlobalModel:
         seed: int,
         round_number: int,
         wire: torch.dtype | None = None,
+        tuner: Tuner | None = None,
     ) -> tuple[GlobalModel, MergeReport]:
         """The next global model.
 
         The merged delta is what the clients did to `sent`; it is added to the master, or the method's server optimizer
-        steps from the master along it.
+        steps from the master along it. Before that, `tuner` chooses how far to go along it.
 
         Raises:
             MergeError: as `execute` and `of`.
@@ -162,7 +164,15 @@ class GlobalModel:
         sink = self.sink()
         cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         report = execute(method, cohort, sink, master=True)
+        report = self.tuned(sink, report, tuner)
         return self.next(sink, wire=wire, optimized=optimizer_of(method)), report
+
+    def tuned(self, merged: EncodedSink, report: MergeReport, tuner: Tuner | None) -> MergeReport:
+        """Scale the merged delta as scores best, in place; gives the report with what was tried."""
+        if tuner is None:
+            return report
+        found = tune(tuner, merged.tensors, self.sent, self.dtypes, self.kept, self.tied)
+        return replace(report, found={**report.found, "auto_scale": found})
 
     def sink(self) -> EncodedSink:
         """Where the model that comes after this one is merged to."""

@@ -21,6 +21,7 @@ from fl_merge.optimizers import optimizer_of
 from fl_merge.running import RunningSum
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
+from fl_merge.tuning import Tuner
 from fl_merge.types import MergeMethod, Update
 
 logger = logging.getLogger("flwr")
@@ -93,6 +94,7 @@ class Round:
         running: the sum to which accepted updates are added when they come, in place of being kept; the merged model
             is then the sum's, to a last place what it is otherwise. If an update is added to it in part the round makes
             no model.
+        tuner: chooses how far to go along the merged delta.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Round:
         wire: torch.dtype | None = None,
         spill: Spill | None = None,
         running: RunningSum | None = None,
+        tuner: Tuner | None = None,
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -121,6 +124,7 @@ class Round:
         self._wire = wire
         self._spill = spill
         self._running = running
+        self._tuner = tuner
         self._statistics = asked_statistics(method)
         self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
@@ -228,10 +232,12 @@ class Round:
     def _merged(self) -> tuple[GlobalModel, MergeReport]:
         if self._running is not None:
             sink = self._model.sink()
-            merge = self._running.merge(sink)
+            merge = self._model.tuned(sink, self._running.merge(sink), self._tuner)
             return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
         updates = tuple(self._updates.values())
-        return self._model.merged(self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire)
+        return self._model.merged(
+            self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire, tuner=self._tuner
+        )
 
 
 def asked_statistics(method: MergeMethod) -> tuple[str, ...]:

@@ -65,7 +65,17 @@ MAY_IMPORT = {
     "clipping": {"hyperparameters", "method", "shapes", "ops.gram", "types", "errors"},
     "optimizers": {"hyperparameters", "method", "types", "errors"},
     "merging": {"naming", "optimizers", "method", "execute", "check", "store", "types", "errors"},
-    "model": {"optimizers", "execute", "codecs", "store", "types", "errors"},
+    "tuning": {
+        "merging",
+        "optimizers",
+        "execute",
+        "hyperparameters",
+        "method",
+        "store",
+        "types",
+        "errors",
+    },
+    "model": {"tuning", "optimizers", "execute", "codecs", "store", "types", "errors"},
     "adapters": {
         "lowrank",
         "ops.lowrank",
@@ -80,6 +90,7 @@ MAY_IMPORT = {
     },
     "running": {"execute", "store", "types", "errors"},
     "rounds": {
+        "tuning",
         "method",
         "naming",
         "optimizers",
@@ -95,6 +106,7 @@ MAY_IMPORT = {
     "recipe": {"clipping", "optimizers", "hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"model", "store", "types", "errors"},
     "flower": {
+        "tuning",
         "naming",
         "statistics",
         "hyperparameters",
@@ -129,6 +141,7 @@ MAY_IMPORT = {
     },
     "__init__": {
         "clipping",
+        "tuning",
         "hyperparameters",
         "methods",
         "merging",

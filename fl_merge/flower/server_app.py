@@ -30,6 +30,7 @@ from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
 from fl_merge.recipe import Recipe
 from fl_merge.store import load, tied_names
+from fl_merge.tuning import Tuner
 
 Config = Mapping[str, bool | int | float | str]
 
@@ -66,18 +67,20 @@ SETTINGS: dict[str, bool | int | float | str] = {
 def make_server_app(
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+    tune: Callable[[Config], Tuner | None] | None = None,
 ) -> ServerApp:
     """A ServerApp that runs `FedMerge` as the run config says; the keys are those of `SETTINGS`.
 
     Args:
         initial: from the run config to the initial state dict; by default `initial-model` names it.
         evaluate: from the run config, the round (0 before the first) and the global model to metrics.
+        tune: from the run config to what chooses each round's scale on validation data, or None.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(grid, context.run_config, initial, evaluate)
+        run(grid, context.run_config, initial, evaluate, tune)
 
     return app
 
@@ -87,6 +90,7 @@ def run(
     config: Config,
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+    tune: Callable[[Config], Tuner | None] | None = None,
 ) -> None:
     """One federation, from the run config to the run's folder.
 
@@ -124,6 +128,7 @@ def run(
         spill_folder=str(settings["spill-folder"]) or None,
         max_spill_bytes=int(settings["max-spill-bytes"]) or None,
         running_sum=bool(settings["running-sum"]),
+        tune=tune(config) if tune is not None else None,
         tied=tied,
         watchers=watchers,
     )

@@ -38,6 +38,7 @@ from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
 from fl_merge.rounds import Round, RoundReport, asked_statistics, quorum
+from fl_merge.tuning import Tuner
 from fl_merge.types import MergeMethod
 
 __all__ = ["SPILL_ABOVE_BYTES", "FedMerge", "MetricsFunction", "RunFailedError"]
@@ -85,6 +86,7 @@ class FedMerge(Strategy):
             `fl_merge.running`): that takes 16 bytes an element of disk, however many clients there are. For methods
             whose coefficients are the clients' shares; the merged model is what it is otherwise to a last place,
             whatever the order of arrival.
+        tune: chooses each round how far to go along the merged delta, by a score on the server's validation data.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -116,6 +118,7 @@ class FedMerge(Strategy):
         max_spill_bytes: int | None = None,
         spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
         running_sum: bool = False,
+        tune: Tuner | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         whole_number("min_train_nodes", min_train_nodes, 0)
@@ -148,6 +151,7 @@ class FedMerge(Strategy):
         self.seed = seed
         self.wire_dtype = wire_dtype_of(wire_dtype)
         self.tied = dict(tied or {})
+        self.tune = tune
         self.watchers = tuple(watchers)
         self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
         self._requests = Requests()
@@ -322,6 +326,7 @@ class FedMerge(Strategy):
                 wire=self.wire_dtype,
                 spill=spill,
                 running=self.keeping.sum_in(spill, self.model, self.seed, server_round),
+                tuner=self.tune,
             )
             for message in replies:
                 client_id = client_of(message, askers)
