@@ -39,6 +39,7 @@ format: setup  ## apply the formatter
 bench: setup  ## measure side by side with the peers (minutes)
 	@$(PY) benchmarks/simulate.py
 	@$(PY) -m benchmarks.engine --quick
+	@$(PY) -m benchmarks.adapters
 
 bench-full: setup  ## the same with models of 0.25 B parameters (hours; 30 GB of disk)
 	@$(PY) -m benchmarks.engine --full --markdown runs/benchmarks.md

@@ -128,7 +128,7 @@ def execute(
     )
     try:
         sink.begin({name: everything[name] for name in order})
-        with _pool(threads or os.cpu_count() or 1) as pool:
+        with worker_pool(threads or os.cpu_count() or 1) as pool:
             run = _Run(fillers, sink, written, tied, pool, on_tensor)
             try:
                 fillers.measure_models(outputs, pool.map)
@@ -201,7 +201,7 @@ def _master_spec(spec: TensorSpec) -> TensorSpec:
 
 
 @contextlib.contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads in which torch does not start threads of its own: those would wait for each other's cores."""
     torch_threads = torch.get_num_threads()
     try:

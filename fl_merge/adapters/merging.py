@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from fl_merge.adapters.folder import MANIFEST, Adapter, write_adapter
 from fl_merge.adapters.source import fused
 from fl_merge.check import check_finite
 from fl_merge.errors import MergeError, RecipeError, UpdateError
-from fl_merge.execute import execute
+from fl_merge.execute import execute, worker_pool
 from fl_merge.lowrank import REPORT, RESIDUAL, SCALINGS, Pair, pairs_of
 from fl_merge.merging import shares
 from fl_merge.method import METHODS, as_method
@@ -155,8 +156,9 @@ def merge_adapters(
     cohort = Cohort(
         _Template([named[update.client_id] for update in Cohort(_Nothing(), updates).updates]), updates, seed
     )
-    for update in cohort.updates:
-        _require_finite(update)
+    with worker_pool(threads or os.cpu_count() or 1) as pool:
+        for _ in pool.map(_require_finite, cohort.updates):
+            pass
     # What can be refused of the configurations is refused before anything is computed.
     origins = {update.client_id: _origin(named[update.client_id]) for update in cohort.updates}
     merged_config({n: o.config for n, o in origins.items()}, {"x": 1}, set(), False)

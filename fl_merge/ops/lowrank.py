@@ -26,14 +26,6 @@ class Factors(NamedTuple):
         return self.a_RI.shape[0]
 
 
-class Decomposed(NamedTuple):
-    """The thin singular value decomposition of a product: U diag(s) V^T, s descending."""
-
-    u_OK: Tensor
-    s_K: Tensor
-    vt_KI: Tensor
-
-
 class Compressed(NamedTuple):
     """A product of bounded rank in place of another.
 
@@ -63,20 +55,50 @@ def stack(parts_P: Sequence[Factors], weights_P: Sequence[float]) -> Factors:
     return Factors(b_OR, a_RI)
 
 
-def decompose(product: Factors) -> Decomposed:
-    """The singular value decomposition of B A: QR of either factor, then that of an R x R core.
+class Decomposed:
+    """The thin singular value decomposition of a product, U diag(s) V^T, s descending: s now, vectors when asked for.
 
-    The sign of each pair of vectors is fixed: the left one's first element of largest magnitude is positive.
+    QR of either factor, then the decomposition of an R x R core; the orthogonal matrices stay products of reflections,
+    so that only those vectors are made that are asked for.
+
+    Attributes:
+        s_K: (K,) float64.
     """
-    q_OR, left_RR = torch.linalg.qr(product.b_OR)
-    q_IR, right_RR = torch.linalg.qr(product.a_RI.T)
-    u_RK, s_K, vt_KR = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)
-    u_OK, vt_KI = q_OR @ u_RK, vt_KR @ q_IR.T
-    if len(s_K):
+
+    def __init__(self, product: Factors) -> None:
+        self._left, left_KR = _triangular(product.b_OR)
+        self._right, right_KR = _triangular(product.a_RI.T)
+        self._u_KK, self.s_K, self._vt_KK = torch.linalg.svd(left_KR @ right_KR.T, full_matrices=False)
+
+    def leading(self, count: int) -> Factors:
+        """The first vectors: (O, count) and (count, I).
+
+        The sign of each pair is fixed: the left one's first element of largest magnitude is positive.
+        """
+        u_OK = _rotated(self._left, self._u_KK[:, :count])
+        vt_KI = _rotated(self._right, self._vt_KK[:count].T).T
+        if not u_OK.numel():
+            return Factors(u_OK, vt_KI)
         largest_K = u_OK.abs().argmax(dim=0)
-        sign_K = torch.where(u_OK[largest_K, torch.arange(len(s_K))] < 0, -1.0, 1.0).to(torch.float64)
-        u_OK, vt_KI = u_OK * sign_K, vt_KI * sign_K[:, None]
-    return Decomposed(u_OK, s_K, vt_KI)
+        sign_K = torch.where(u_OK[largest_K, torch.arange(u_OK.shape[1])] < 0, -1.0, 1.0).to(torch.float64)
+        return Factors(u_OK * sign_K, vt_KI * sign_K[:, None])
+
+
+def _triangular(matrix_SR: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """QR: the reflections that make up Q, and the triangle."""
+    if not matrix_SR.shape[1]:
+        return (matrix_SR, matrix_SR.new_zeros(0)), matrix_SR.new_zeros(0, 0)
+    packed_SR, scales_K = torch.geqrf(matrix_SR)
+    size = len(scales_K)
+    return (packed_SR[:, :size], scales_K), packed_SR[:size].triu()
+
+
+def _rotated(reflections: tuple[Tensor, Tensor], columns_KC: Tensor) -> Tensor:
+    """Q times some columns, (S, C), without making Q."""
+    packed_SK, scales_K = reflections
+    padded_SC = columns_KC.new_zeros(packed_SK.shape[0], columns_KC.shape[1])
+    padded_SC[: columns_KC.shape[0]] = columns_KC
+    return torch.ormqr(packed_SK, scales_K, padded_SC) if padded_SC.numel() else padded_SC
 
 
 def kept_rank(s_K: Tensor, rank: int | None = None, energy: float | None = None, tolerance: float | None = None) -> int:
@@ -116,11 +138,10 @@ def compress(
         product: never multiplied out.
         rank, energy, tolerance: as for `kept_rank`; with none of them all of it is kept.
     """
-    u_OK, s_K, vt_KI = decompose(product)
-    tails_K = tail_norms(s_K)
-    kept = min(kept_rank(s_K, rank, energy, tolerance), len(s_K))
-    root_K = s_K[:kept].sqrt()
-    factors = Factors(u_OK[:, :kept] * root_K, vt_KI[:kept] * root_K[:, None])
+    found = Decomposed(product)
+    tails_K = tail_norms(found.s_K)
+    kept = min(kept_rank(found.s_K, rank, energy, tolerance), len(found.s_K))
+    factors = _shared_out(found, kept)
     return Compressed(factors, float(tails_K[kept]), float(tails_K[0]))
 
 
@@ -162,8 +183,14 @@ def residual(parts_P: Sequence[Factors], weights_P: Sequence[float], mean: Facto
 
 def canonical(product: Factors) -> Factors:
     """Factors that depend on the product alone: U sqrt(s) and sqrt(s) V^T, without what is zero but for rounding."""
-    u_OK, s_K, vt_KI = _significant(decompose(product))
-    return Factors(u_OK * s_K.sqrt(), vt_KI * s_K.sqrt()[:, None])
+    found = Decomposed(product)
+    return _shared_out(found, _significant(found.s_K))
+
+
+def _shared_out(found: Decomposed, count: int) -> Factors:
+    u_OK, vt_KI = found.leading(count)
+    root_K = found.s_K[:count].sqrt()
+    return Factors(u_OK * root_K, vt_KI * root_K[:, None])
 
 
 def knots_basis(parts_P: Sequence[Factors]) -> tuple[Tensor, Tensor]:
@@ -175,18 +202,18 @@ def knots_basis(parts_P: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     Returns:
         left (O, K) = U diag(s), and right (P, K, I), the V_i^T.
     """
-    q_OK, rest_KR = torch.linalg.qr(torch.cat([part.b_OR for part in parts_P], dim=1))
-    qs, cores, at = [], [], 0
+    left, rest_KR = _triangular(torch.cat([part.b_OR for part in parts_P], dim=1))
+    rights, cores, at = [], [], 0
     for part in parts_P:
-        q_IR, right_RR = torch.linalg.qr(part.a_RI.T)
-        cores.append(rest_KR[:, at : at + part.rank] @ right_RR.T)
-        qs.append(q_IR)
+        right, right_KR = _triangular(part.a_RI.T)
+        cores.append(rest_KR[:, at : at + part.rank] @ right_KR.T)
+        rights.append(right)
         at += part.rank
     u_KK, s_K, vt_KR = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
-    u_OK, s_K, vt_KR = _significant(Decomposed(q_OK @ u_KK, s_K, vt_KR))
-    blocks = torch.split(vt_KR, [q_IR.shape[1] for q_IR in qs], dim=1)
-    right_PKI = torch.stack([block @ q_IR.T for block, q_IR in zip(blocks, qs, strict=True)])
-    return u_OK * s_K, right_PKI
+    count = _significant(s_K)
+    blocks = torch.split(vt_KR[:count], [core.shape[1] for core in cores], dim=1)
+    right_PKI = torch.stack([_rotated(right, block.T).T for block, right in zip(blocks, rights, strict=True)])
+    return _rotated(left, u_KK[:, :count]) * s_K[:count], right_PKI
 
 
 def core_basis(parts_P: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,23 +226,18 @@ def core_basis(parts_P: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor]:
         left (O, K), cores (P, K, L), right (L, I).
     """
     parts_P = [canonical(part) for part in parts_P]
-    outputs, inputs = parts_P[0].b_OR.shape[0], parts_P[0].a_RI.shape[1]
-    left_OK = _basis(torch.cat([part.b_OR for part in parts_P], dim=1), outputs)
-    right_IL = _basis(torch.cat([part.a_RI for part in parts_P]).T, inputs)
+    left_OK = _basis(torch.cat([part.b_OR for part in parts_P], dim=1))
+    right_IL = _basis(torch.cat([part.a_RI for part in parts_P]).T)
     cores = torch.stack([(left_OK.T @ part.b_OR) @ (part.a_RI @ right_IL) for part in parts_P])
     return left_OK, cores, right_IL.T
 
 
-def _basis(vectors_SR: Tensor, size: int) -> Tensor:
-    q_SK, rest_KR = torch.linalg.qr(vectors_SR)
+def _basis(vectors_SR: Tensor) -> Tensor:
+    reflections, rest_KR = _triangular(vectors_SR)
     u_KK, s_K, _ = torch.linalg.svd(rest_KR, full_matrices=False)
-    found, _, _ = _significant(Decomposed(q_SK @ u_KK, s_K, u_KK))
-    return found.reshape(size, -1)
+    return _rotated(reflections, u_KK[:, : _significant(s_K)])
 
 
-def _significant(found: Decomposed) -> Decomposed:
-    """Without the directions whose singular values are rounding: their vectors would be arbitrary."""
-    if not len(found.s_K):
-        return found
-    kept = int((found.s_K > found.s_K[0] * 1e-12).sum())
-    return Decomposed(found.u_OK[:, :kept], found.s_K[:kept], found.vt_KI[:kept])
+def _significant(s_K: Tensor) -> int:
+    """How many singular values are more than rounding: the vectors of the others would be arbitrary."""
+    return int((s_K > s_K[0] * 1e-12).sum()) if len(s_K) else 0
