@@ -102,7 +102,7 @@ def execute(
     found: Mapping[str, Any] = {}
     prepare = getattr(method, "prepare", None)
     if prepare is not None:  # a wrapper that looks at the updates first
-        with _pool(threads or os.cpu_count() or 1) as pool:
+        with worker_pool(threads or os.cpu_count() or 1) as pool:
             method, cohort, found = prepare(cohort, pool.map)
     spec = cohort.spec()
     outputs = list(method.plan(spec))

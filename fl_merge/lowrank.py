@@ -182,7 +182,7 @@ class Products:
     """A method that merges the products of each module.
 
     Args:
-        prepare: from the modules of the cohort to how each is merged, by name. Refuses a cohort that does not fit.
+        mergers: from the modules of the cohort to how each is merged, by name. Refuses a cohort that does not fit.
         missing: what a client without a module does to it: "zero" counts it as a product of zeros, "renormalise"
             leaves it out and shares its weight among the others.
         exchange: how it travels in a federation.
@@ -190,7 +190,7 @@ class Products:
             there is one (`lora_residual`).
     """
 
-    prepare: Callable[[Sequence[Module]], Mapping[str, Merger]]
+    mergers: Callable[[Sequence[Module]], Mapping[str, Merger]]
     missing: Missing = "zero"
     exchange: Exchange = Exchange()
     second: Callable[[Module, int], Merger] | None = None
@@ -210,7 +210,7 @@ class Products:
         spec = replace(spec, clients_N=spec.clients_N or (ours,) * len(spec.client_ids))
         clients = [pairs_of({n: t for n, t in each.items() if n in ours})[0] for each in spec.clients_N]
         modules = [self._module(spec, pair, clients) for pair in pairs.values()]
-        mergers = self.prepare([module for module in modules if any(module.ranks_P)])
+        mergers = self.mergers([module for module in modules if any(module.ranks_P)])
         reads = {module.name: _reads(module, spec, clients) for module in modules}
         surveyed = {module.name: (module, reads[module.name]) for module in modules if module.name in mergers}
         for module in modules:

@@ -1,104 +1,111 @@
-"""Methods for models, run on the products of adapters: in the full space by blocks of rows, or in a smaller space.
+"""Methods for models, run on the products of adapters by the engine that runs them on models: in the full space, where
+products are multiplied out a block of rows at a time, or in a smaller space.
 
 Suffixes: P clients, O outputs (rows), I inputs (columns), R rank, K and L the sizes of a smaller space, S elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fl_merge.errors import RecipeError
-from fl_merge.ops.combine import add_scaled_delta
-from fl_merge.ops.gram import GramSum, gram_partials
+from fl_merge.fill import Fillers
+from fl_merge.ops.gram import BLOCK
 from fl_merge.ops.lowrank import Factors
-from fl_merge.shapes import Coordinate, Matrix, Slice, Span, WeightedSum
-from fl_merge.types import CohortSpec, MergeMethod, Output, TensorSpec
+from fl_merge.reading import Sliced, pieces
+from fl_merge.shapes import Coordinate, Matrix, Span, Tensorwise, VectorSpan, WeightedSum
+from fl_merge.types import Cohort, CohortSpec, MergeMethod, Output, TensorSpec, Update
 
-_BLOCK = 1 << 20
-"""Elements of one client's product that are made at a time."""
+MADE_AT_ONCE = 8 * BLOCK
+"""Elements of one client's product that are made at a time, in whole rows."""
 
-
-class Deltas(Protocol):
-    """The clients' deltas of one matrix, a block of rows at a time."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        ...
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """(P, (stop - start) * columns) float32: these rows of every client, flattened."""
-        ...
-
-    def client(self, at: int) -> Tensor:
-        """(S,) float32: all of one client, flattened."""
-        ...
+_SLICE = 8 * BLOCK
+"""Elements of each client that the engine works on at a time."""
 
 
-class OfFactors:
-    """Deltas that are multiplied out as they are asked for, always in the same blocks: the same bits each time."""
+class Product:
+    """A product as a flat tensor of which slices are made when they are asked for.
 
-    def __init__(self, parts_P: Sequence[Factors]) -> None:
-        self._parts = parts_P
-        self.shape = (parts_P[0].b_OR.shape[0], parts_P[0].a_RI.shape[1])
+    Rows are always made in the same blocks, so that an element has the same bits in every slice. The last block stays.
+    """
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Of every client."""
-        return torch.stack([self._rows(part, start, stop) for part in self._parts])
+    def __init__(self, factors: Factors) -> None:
+        self._factors = factors
+        self._columns = factors.a_RI.shape[1]
+        self._step = max(1, MADE_AT_ONCE // max(1, self._columns))
+        self._last: tuple[int, Tensor] | None = None
 
-    def client(self, at: int) -> Tensor:
-        """All rows of one."""
-        return torch.cat([self._rows(self._parts[at], *block) for block in blocks(self.shape)])
+    def numel(self) -> int:
+        """Elements of the product."""
+        return self._factors.b_OR.shape[0] * self._columns
 
-    @staticmethod
-    def _rows(part: Factors, start: int, stop: int) -> Tensor:
-        return (part.b_OR[start:stop] @ part.a_RI).float().reshape(-1)
+    def __getitem__(self, piece: slice) -> Tensor:
+        start, stop, _ = piece.indices(self.numel())
+        size = self._step * self._columns
+        parts = []
+        for block in range(start // size, -(-stop // size)):
+            first = block * size
+            parts.append(self._block(block)[max(0, start - first) : stop - first])
+        return torch.cat(parts) if parts else torch.empty(0)
 
-
-class AtHand:
-    """Deltas that are small enough to be held: (P, rows, columns)."""
-
-    def __init__(self, deltas_PRC: Tensor) -> None:
-        self._deltas_PRC = deltas_PRC.float()
-        self.shape = (deltas_PRC.shape[1], deltas_PRC.shape[2])
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Of every client."""
-        return self._deltas_PRC[:, start:stop].reshape(len(self._deltas_PRC), -1)
-
-    def client(self, at: int) -> Tensor:
-        """All rows of one."""
-        return self._deltas_PRC[at].reshape(-1)
+    def _block(self, block: int) -> Tensor:
+        last = self._last
+        if last is None or last[0] != block:
+            rows_BR = self._factors.b_OR[block * self._step : (block + 1) * self._step]
+            last = self._last = block, (rows_BR @ self._factors.a_RI).float().reshape(-1)
+        return last[1]
 
 
-def blocks(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """The rows of a matrix in blocks of about a million elements."""
-    step = max(1, _BLOCK // max(1, shape[1]))
-    return [(start, min(start + step, shape[0])) for start in range(0, max(shape[0], 1), step)]
+class _Source:
+    """One matrix under one name, as a source for the engine."""
+
+    def __init__(self, name: str, spec: TensorSpec, values: Tensor | Factors | None) -> None:
+        self._specs = {name: spec}
+        self._spec, self._values = spec, values
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, name: str) -> Tensor:
+        if isinstance(self._values, Tensor):
+            return self._values
+        whole = self.sliced(name)[0 : self._spec.numel]
+        return whole.view(self._spec.shape)
+
+    def sliced(self, name: str) -> Sliced:
+        if isinstance(self._values, Tensor):
+            return self._values.reshape(-1)
+        if self._values is None:
+            return torch.zeros(()).expand(self._spec.numel)
+        return Product(self._values)
+
+    def aliases(self) -> Mapping[str, str]:
+        return {}
 
 
 def planned(method: MergeMethod, spec: CohortSpec, shapes: dict[str, tuple[int, int]]) -> dict[str, Output]:
     """The outputs of a method for matrices of these shapes, by name.
 
     Raises:
-        RecipeError: if it needs more than the clients' deltas (statistics, other names).
+        RecipeError: if it needs more than the clients' deltas (statistics, other names), or surveys the whole model.
     """
     tensors = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
     inner = replace(spec, tensors=tensors, clients_N=(), statistics={})
     found = {output.name: output for output in method.plan(inner)}
     for name in tensors:
         compute = found[name].compute if name in found else None
-        if not isinstance(compute, Span | WeightedSum | Coordinate | Matrix) or len(found) != len(tensors):
+        known = Span | WeightedSum | Coordinate | Matrix | Tensorwise | VectorSpan
+        if not isinstance(compute, known) or len(found) != len(tensors):
             raise RecipeError(
                 f"lora_merge: {method} cannot run on the products of adapters; wanted a method that merges deltas "
                 "alone, such as ties"
             )
-        if isinstance(compute, Coordinate) and compute.scope == "model" and compute.survey is not None:
+        surveys = isinstance(compute, Coordinate) and (compute.survey or compute.surveys or compute.gram)
+        if surveys and isinstance(compute, Coordinate) and compute.scope == "model":
             raise RecipeError(
                 f"lora_merge: {method} surveys the whole model, whose products are never in memory at once; wanted "
                 "scope='tensor'"
@@ -106,69 +113,29 @@ def planned(method: MergeMethod, spec: CohortSpec, shapes: dict[str, tuple[int, 
     return found
 
 
-def merged(output: Output, deltas: Deltas, spec: CohortSpec) -> Tensor:
-    """The merged delta, (rows, columns): a method's definition, a block of rows at a time where it is elementwise."""
-    compute = output.compute
-    shares_P = spec.weights_N if output.weights_N is None else output.weights_N
-    weights_P = torch.tensor(shares_P, dtype=torch.float64)
-    if isinstance(compute, Matrix):
-        return compute.merge(_all(deltas).reshape(-1, *deltas.shape), weights_P)
-    if isinstance(compute, Span):
-        compute = fixed(compute, replace(spec, weights_N=tuple(shares_P)), _gram(deltas))
-    if isinstance(compute, WeightedSum):
-        return _weighted(compute, deltas)
-    assert isinstance(compute, Coordinate)
-    return _coordinate(compute, output.name, deltas, replace(spec, weights_N=tuple(shares_P)), weights_P)
+def merged(output: Output, spec: CohortSpec, shape: tuple[int, int], deltas_P: Sequence[Factors | Tensor]) -> Tensor:
+    """The merged delta, (rows, columns) float32, by the method's definition.
 
-
-def fixed(compute: Span, spec: CohortSpec, gram_PP: Tensor) -> WeightedSum:
-    """The coefficients of a span once its Gram matrix is known; the base is zero, so weights and deltas are one."""
-    return compute.fixed(spec, gram_PP)
-
-
-def _all(deltas: Deltas) -> Tensor:
-    return torch.cat([deltas.rows(*block) for block in blocks(deltas.shape)], dim=1)
-
-
-def _gram(deltas: Deltas) -> Tensor:
-    every_PS = _all(deltas)
-    total = GramSum(len(every_PS))
-    total.add(gram_partials(every_PS))
-    return total.total()
-
-
-def _weighted(compute: WeightedSum, deltas: Deltas) -> Tensor:
-    out = []
-    for block in blocks(deltas.shape):
-        rows_PS = deltas.rows(*block)
-        total_S = torch.zeros(rows_PS.shape[1], dtype=torch.float64)
-        for row_S, coefficient in zip(rows_PS, compute.coefficients_N, strict=True):
-            add_scaled_delta(total_S, torch.zeros(1, dtype=torch.float64), row_S, coefficient)
-        out.append(total_S)
-    return torch.cat(out).view(deltas.shape)
-
-
-def _coordinate(compute: Coordinate, name: str, deltas: Deltas, spec: CohortSpec, weights_P: Tensor) -> Tensor:
-    columns = deltas.shape[1]
-    survey_PK = torch.empty(len(weights_P), 0, dtype=torch.float64)
-    if compute.survey is not None:
-        survey_PK = torch.stack([compute.survey(deltas.client(at)) for at in range(len(weights_P))])
-    joint_K = torch.empty(0, dtype=torch.float64)
-    if compute.joint is not None:
-        joint_K = compute.joint(_all(deltas), weights_P)
-
-    def at(start: int, stop: int, count: Callable[[], int] | None) -> Slice:
-        first, last = start * columns, stop * columns
-        return Slice(name, first, last, first, spec, survey_PK, count, joint_K=joint_K)
-
-    votes: list[int] = []
-
-    def count_votes() -> int:
-        tally = compute.tally
-        if tally is not None and not votes:
-            each = (tally(deltas.rows(*block), weights_P, at(*block, None)) for block in blocks(deltas.shape))
-            votes.append(int(sum(int(vote_S.sum(dtype=torch.float64)) for vote_S in each)))
-        return votes[0] if votes else 0
-
-    out = [compute.combine(deltas.rows(*block), weights_P, at(*block, count_votes)) for block in blocks(deltas.shape)]
-    return torch.cat(out).view(deltas.shape)
+    Args:
+        output: of the method's plan; its shape is that of the full space.
+        spec: the cohort.
+        shape: of the deltas.
+        deltas_P: one a client, as matrices or as products.
+    """
+    size = TensorSpec(shape, torch.float32)
+    output = replace(output, spec=size, scope=None)
+    updates = tuple(
+        Update(client_id, weight, _Source(output.name, size, each))
+        for client_id, weight, each in zip(spec.client_ids, spec.weights_N, deltas_P, strict=True)
+    )
+    cohort = Cohort(_Source(output.name, size, None), updates, spec.seed, spec.round)
+    inner = replace(spec, tensors={output.name: size}, clients_N=())
+    cpu = torch.device("cpu")
+    fillers = Fillers(cohort, inner, step=_SLICE, piece=_SLICE, device=cpu, kernels=None)
+    filler = fillers.prepare(output, torch.float32, map)
+    merged_S = torch.empty(size.numel)
+    for start, stop in pieces(size.numel, fillers.step(output)):
+        filler.fill(start, stop, merged_S[start:stop])
+    for start, stop in filler.again():
+        filler.refill(start, stop, merged_S[start:stop], filled=True)
+    return merged_S.view(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,15 +37,16 @@ class Versions:
         self._device = device
         self._dtype = compute_dtype(output.spec.dtype)
         self.numel = output.spec.numel
-        self._base_S = flat(cohort, next(read for read in output.reads if read.source == BASE))
-        self._clients = [flat(cohort, read) for read in output.reads if read.source != BASE]
+        self._base_S = sliced(cohort, next(read for read in output.reads if read.source == BASE))
+        self._clients = [sliced(cohort, read) for read in output.reads if read.source != BASE]
         self.clients = len(self._clients)
         for tensor_S in (self._base_S, *self._clients):
             if tensor_S.numel() != self.numel:
                 raise MergeError(f"tensor '{output.name}': {tensor_S.numel()} elements were read, wanted {self.numel}")
         self.native: Inputs | None = None
-        if kernels is not None and serves(output, device) and all(map(readable, (self._base_S, *self._clients))):
-            self.native = Inputs(kernels, self._base_S, self._clients)
+        tensors = [each for each in (self._base_S, *self._clients) if isinstance(each, Tensor) and readable(each)]
+        if kernels is not None and serves(output, device) and len(tensors) == 1 + self.clients:
+            self.native = Inputs(kernels, tensors[0], tensors[1:])
 
     def base(self, start: int, stop: int) -> Tensor:
         """(S,), in the dtype of the arithmetic."""
@@ -104,13 +106,32 @@ class Versions:
     def _weights(self, start: int, stop: int) -> Tensor:
         return torch.stack([self._widened(client_S, start, stop) for client_S in self._clients])
 
-    def _widened(self, tensor_S: Tensor, start: int, stop: int) -> Tensor:
+    def _widened(self, tensor_S: Sliced, start: int, stop: int) -> Tensor:
         return tensor_S[start:stop].to(self._device, self._dtype)
+
+
+class Sliced(Protocol):
+    """A flat tensor, or what makes one's slices when they are asked for: a source that does so has a `sliced(name)`."""
+
+    def numel(self) -> int:
+        """Elements."""
+        ...
+
+    def __getitem__(self, piece: slice) -> Tensor:
+        """Some of them, the same bits in every slice."""
+        ...
 
 
 def flat(cohort: Cohort, read: Read) -> Tensor:
     """A whole tensor of the base or of a client, flattened, in its own dtype."""
     return shaped(cohort, read).reshape(-1)
+
+
+def sliced(cohort: Cohort, read: Read) -> Sliced:
+    """The same, or as much of it as is asked for, where the source can."""
+    by_slices = getattr(source_of(cohort, read), "sliced", None)
+    found: Sliced = flat(cohort, read) if by_slices is None else by_slices(read.name)
+    return found
 
 
 def shaped(cohort: Cohort, read: Read) -> Tensor:

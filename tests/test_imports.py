@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "hyperparameters": {"errors"},
     "method": {"hyperparameters", "types", "errors"},
     "lowrank": {"ops.lowrank", "shapes", "types", "errors"},
-    "on_products": {"ops", "shapes", "types", "errors"},
+    "on_products": {"fill", "reading", "ops", "shapes", "types", "errors"},
     "methods": {
         "hyperparameters",
         "method",

@@ -9,7 +9,7 @@ from fl_merge.errors import RecipeError
 from fl_merge.hyperparameters import Range
 from fl_merge.lowrank import Exchange, Merger, Missing, Module, Products
 from fl_merge.method import Method, build, find, merge_method
-from fl_merge.on_products import AtHand, OfFactors, fixed, merged, planned
+from fl_merge.on_products import merged, planned
 from fl_merge.ops.lowrank import Compressed, Factors, compress, core_basis, gram, knots_basis, stack
 from fl_merge.shapes import Span, WeightedSum
 from fl_merge.types import CohortSpec, Output
@@ -85,15 +85,18 @@ def lora_merge(
             if isinstance(compute, WeightedSum):
                 return compress(stack(parts_P, compute.coefficients_N), most)
             if isinstance(compute, Span) and (whole or space == "full"):
-                total = sums.known(compute) if whole else fixed(compute, spec, gram(parts_P))
+                total = sums.known(compute) if whole else compute.fixed(spec, gram(parts_P))
                 return compress(stack(parts_P, total.coefficients_N), most)
             if space == "full":
-                return compress(_split(merged(output, OfFactors(parts_P), spec)), most)
+                return compress(_split(merged(output, spec, (module.outputs, module.inputs), parts_P)), most)
             if space == "knots":
                 left_OK, right_PKI = knots_basis(parts_P)
-                return compress(Factors(left_OK, merged(output, AtHand(right_PKI), spec).double()), most)
+                shape = right_PKI.shape[1], right_PKI.shape[2]
+                right_KI = merged(output, spec, shape, list(right_PKI.float())).double()
+                return compress(Factors(left_OK, right_KI), most)
             left_OK, cores_PKL, right_LI = core_basis(parts_P)
-            small_KL = merged(output, AtHand(cores_PKL), spec).double()
+            shape = cores_PKL.shape[1], cores_PKL.shape[2]
+            small_KL = merged(output, spec, shape, list(cores_PKL.float())).double()
             return compress(Factors(left_OK @ small_KL, right_LI), most)
 
         return Merger(most, merge, (lambda everything: sums.measure(compute, everything)) if whole else None)
@@ -116,7 +119,7 @@ class _ModelSums:
             if id(compute) not in self._known:
                 each = everything()
                 total = torch.stack([gram(each[name]) for name in sorted(each)]).sum(0)
-                self._known[id(compute)] = fixed(compute, self._spec, total)
+                self._known[id(compute)] = compute.fixed(self._spec, total)
 
     def known(self, compute: object) -> WeightedSum:
         """They, measured before."""

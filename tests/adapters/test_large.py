@@ -1,4 +1,4 @@
-"""A layer of 4096 x 4096 and ten adapters of rank 16: how long it takes, and that nothing of the layer's size is made."""
+"""A layer of 4096 x 4096, ten adapters of rank 16: how long it takes, and that nothing of the layer's size is made."""
 
 import time
 

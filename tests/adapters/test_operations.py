@@ -139,9 +139,9 @@ def merged_dense(method, adapters, weights, **settings):
     ("method", "settings"),
     [("ties", {"density": 0.3}), ("ties", {}), ("fedgma", {}), ("slerp", {"on": "deltas"}), ("task_arithmetic", {})],
 )
-@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_a_method_on_blocks_of_products_is_that_on_dense_ones(monkeypatch, method, settings, block):
-    monkeypatch.setattr("fl_merge.on_products._BLOCK", block)
+    monkeypatch.setattr("fl_merge.on_products.MADE_AT_ONCE", block)
     adapters = [adapter(str(seed), seed) for seed in (1, 2, 3)]
     wanted = merged_dense(method, adapters, [3, 1, 2], **settings)
     one = build("lora_merge", method=method, settings=settings, rank=64)
