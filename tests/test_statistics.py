@@ -197,3 +197,10 @@ def test_layers_inside_a_transformer_are_seen(generator):
 def test_what_cannot_be_is_refused(arguments, words):
     with pytest.raises(RecipeError, match=words):
         collect(**{"model": nn.Linear(2, 2), "batches": [torch.zeros(3, 2)]} | arguments)
+
+
+def test_a_gram_matrix_of_one_example_is_that_example(generator):
+    """What docs/statistics.md warns of."""
+    secret = torch.randn(1, 3, generator=generator)
+    found = collect(nn.Linear(3, 2), [secret])["gram/"]
+    close(found[:-1, -1], secret[0])

@@ -22,7 +22,7 @@ from fl_merge.flower.strategy import RunFailedError
 from fl_merge.hyperparameters import in_range
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Round, average_metrics
+from fl_merge.rounds import Round, asked_statistics, average_metrics
 from fl_merge.types import MergeMethod, Update, client_order
 
 logger = logging.getLogger("flwr")
@@ -84,6 +84,11 @@ class LegacyFedMerge(Strategy):
         fit_metrics: MetricsFunction = fedavg.pop("fit_metrics_aggregation_fn", None) or mean_metrics
         fedavg["evaluate_metrics_aggregation_fn"] = fedavg.get("evaluate_metrics_aggregation_fn") or mean_metrics
         self.method = as_method(method)
+        if kinds := asked_statistics(self.method):
+            raise RecipeError(
+                f"{self.method} needs statistics {', '.join(map(repr, kinds))} of the clients, which clients of the "
+                "older API cannot send; wanted a method that goes by models alone, or FedMerge"
+            )
         self.num_rounds = num_rounds
         self.min_replies = min_replies
         self.max_failures = max_failures if fedavg.get("accept_failures", True) else 0.0

@@ -234,6 +234,8 @@ def test_arguments_are_checked_at_construction() -> None:
         LegacyFedMerge("ties", parameter_names=("a", "b"), initial_parameters=initial)
     with pytest.raises(RecipeError, match="'a' is there twice"):
         LegacyFedMerge("ties", parameter_names=("a", "b", "a", "c"))
+    with pytest.raises(RecipeError, match=r"^regmean\(.*\) needs statistics 'gram' of the clients"):
+        LegacyFedMerge("regmean")
     with pytest.raises(RecipeError, match="min_replies"):
         LegacyFedMerge("ties", min_replies=0)
     with pytest.raises(TypeError, match="fraction_train"):
