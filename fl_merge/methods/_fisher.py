@@ -9,7 +9,7 @@ from fl_merge.ops.evidence import fisher_mean
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Matena & Raffel, 2022, arXiv:2111.09832", base=False, sends=("fisher",), additive=True, passes="2")
+@merge_method(paper="Matena & Raffel, 2022, arXiv:2111.09832", base=False, sends=("fisher",), additive=True)
 def fisher(*, floor: Annotated[float, Range(0.0, 1e6)] = 1e-6) -> Measured:
     """Average with each element weighted by how much the client's data say about it (diagonal Fisher information).
 

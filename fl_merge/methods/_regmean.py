@@ -11,7 +11,7 @@ from fl_merge.ops.evidence import Evidence, fisher_mean, regression_mean, regres
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Jin et al., 2023, arXiv:2212.09849", base=False, sends=("gram",), additive=True, passes="2")
+@merge_method(paper="Jin et al., 2023, arXiv:2212.09849", base=False, sends=("gram",), additive=True, passes="1 to 3")
 def regmean(
     *, alpha: Annotated[float, Range(0.0, 1.0)] = 0.9, ridge: Annotated[float, Range(0.0, 1e6)] = 0.01
 ) -> Measured:

@@ -1,6 +1,7 @@
 """Averages in which each client counts where its data say something. Suffixes: R rows, C columns, S elements.
 
-Everything is written as the average plus a correction by sums over clients: what clients agree on comes out as it is.
+Everything is the average plus a correction, both by sums of differences from the first client's delta: what clients
+agree on comes out as it is, to the last digit, and each client is read once.
 """
 
 from __future__ import annotations
@@ -44,12 +45,11 @@ class Evidence:
         ]
         return torch.cat(both, dim=2)
 
-    def gram(self, layout: GramLayout, alpha: float) -> Tensor:
-        """(groups, C, C) float64: the Gram matrix of the columns of `rows`, off the diagonal times alpha."""
+    def gram(self, layout: GramLayout) -> Tensor:
+        """(groups, C, C) float64: the Gram matrix of the columns of `rows`, times the coefficient."""
         size = layout.columns + (len(self.tensors) > 1)
-        gram_GCC = self.statistic.double().reshape(layout.groups, *self.statistic.shape[-2:])[:, :size, :size]
-        gram_GCC = self.coefficient * (0.5 * (gram_GCC + gram_GCC.mT))
-        return alpha * gram_GCC + (1.0 - alpha) * torch.diag_embed(gram_GCC.diagonal(dim1=1, dim2=2))
+        gram_GCC = self.statistic.reshape(layout.groups, *self.statistic.shape[-2:])[:, :size, :size]
+        return gram_GCC.double() * self.coefficient
 
 
 def fisher_mean(clients: Sequence[Evidence], floor: float) -> Tensor:
@@ -62,18 +62,19 @@ def fisher_mean(clients: Sequence[Evidence], floor: float) -> Tensor:
     Returns:
         The tensor's shape, float64.
     """
-    average_S = clients[0].delta()
-    first_S = average_S.clone()
-    for client in clients[1:]:
-        average_S += client.share * (client.delta() - first_S)  # of equal deltas it is that delta, with no rounding
-    total_S, right_S = torch.zeros((), dtype=torch.float64), torch.zeros_like(average_S)
+    first_S = clients[0].delta()
+    beside_S, right_S = torch.zeros_like(first_S), torch.zeros_like(first_S)
+    total_S = torch.zeros((), dtype=torch.float64)
     for client in clients:
-        missing = average_S.dim() - client.statistic.dim()
+        missing = first_S.dim() - client.statistic.dim()
         fisher_S = client.coefficient * client.statistic.double().reshape((*client.statistic.shape, *[1] * missing))
+        from_first_S = client.delta() - first_S
+        beside_S += client.share * from_first_S
         total_S = total_S + fisher_S
-        right_S += fisher_S * (client.delta() - average_S)
+        right_S += fisher_S * from_first_S
+    right_S -= total_S * beside_S
     total_S = total_S + floor * total_S.mean()
-    return average_S + torch.where(total_S > 0, right_S / total_S, 0.0)
+    return first_S + beside_S + torch.where(total_S > 0, right_S / total_S, 0.0)
 
 
 def regression_mean(clients: Sequence[Evidence], layout: GramLayout, alpha: float, ridge: float) -> Tensor:
@@ -84,12 +85,18 @@ def regression_mean(clients: Sequence[Evidence], layout: GramLayout, alpha: floa
     Returns:
         (groups, R, C) float64, as `Evidence.rows`.
     """
-    average_GRC, total_GCC = _sums(clients, layout, alpha)
-    right_GRC = torch.zeros_like(average_GRC)
+    first_GRC = clients[0].rows(layout)
+    beside_GRC, right_GRC = torch.zeros_like(first_GRC), torch.zeros_like(first_GRC)
+    total_GCC = torch.zeros((), dtype=torch.float64)
     for client in clients:
-        right_GRC += (client.rows(layout) - average_GRC) @ client.gram(layout, alpha)
+        gram_GCC, from_first_GRC = client.gram(layout), client.rows(layout) - first_GRC
+        beside_GRC += client.share * from_first_GRC
+        total_GCC = total_GCC + gram_GCC
+        right_GRC += _times(from_first_GRC, gram_GCC, alpha)
+    right_GRC -= _times(beside_GRC, total_GCC, alpha)
+    total_GCC = _damped(total_GCC, alpha)
     solved = [solve_ridged(*pair, ridge).T for pair in zip(total_GCC, right_GRC.mT, strict=True)]
-    return average_GRC + torch.stack(solved)
+    return first_GRC + beside_GRC + torch.stack(solved)
 
 
 def regression_mean_bias(clients: Sequence[Evidence], layout: GramLayout, alpha: float, ridge: float) -> Tensor:
@@ -98,20 +105,27 @@ def regression_mean_bias(clients: Sequence[Evidence], layout: GramLayout, alpha:
     Returns:
         (groups * R,) float64.
     """
-    average_GRC, total_GCC = _sums(clients, layout, alpha)
+    first_GRC = clients[0].rows(layout)
+    beside_GRC, total_GCC = torch.zeros_like(first_GRC), torch.zeros((), dtype=torch.float64)
+    for client in clients:
+        beside_GRC += client.share * (client.rows(layout) - first_GRC)
+        total_GCC = total_GCC + client.gram(layout)
     last_C1 = torch.zeros(total_GCC.shape[1], 1, dtype=torch.float64)
     last_C1[-1] = 1.0
-    solved_GC1 = torch.stack([solve_ridged(total_CC, last_C1, ridge) for total_CC in total_GCC])
-    bias_GR1 = average_GRC[:, :, -1:].clone()
+    solved_GC1 = torch.stack([solve_ridged(total_CC, last_C1, ridge) for total_CC in _damped(total_GCC, alpha)])
+    bias_GR1 = (first_GRC + beside_GRC)[:, :, -1:]
     for client in clients:
-        bias_GR1 += (client.rows(layout) - average_GRC) @ (client.gram(layout, alpha) @ solved_GC1)
+        gram_GC1 = _damped(client.gram(layout), alpha) @ solved_GC1
+        bias_GR1 = bias_GR1 + (client.rows(layout) - first_GRC - beside_GRC) @ gram_GC1
     return bias_GR1.reshape(-1)
 
 
-def _sums(clients: Sequence[Evidence], layout: GramLayout, alpha: float) -> tuple[Tensor, Tensor]:
-    average_GRC, total_GCC = clients[0].rows(layout), clients[0].gram(layout, alpha)
-    first_GRC = average_GRC.clone()
-    for client in clients[1:]:
-        average_GRC += client.share * (client.rows(layout) - first_GRC)  # as in `fisher_mean`
-        total_GCC = total_GCC + client.gram(layout, alpha)
-    return average_GRC, total_GCC
+def _damped(gram_GCC: Tensor, alpha: float) -> Tensor:
+    """Off the diagonal times alpha."""
+    return alpha * gram_GCC + (1.0 - alpha) * torch.diag_embed(gram_GCC.diagonal(dim1=1, dim2=2))
+
+
+def _times(rows_GRC: Tensor, gram_GCC: Tensor, alpha: float) -> Tensor:
+    """rows @ _damped(gram), without making that."""
+    product_GRC = rows_GRC @ gram_GCC
+    return alpha * product_GRC + (1.0 - alpha) * rows_GRC * gram_GCC.diagonal(dim1=1, dim2=2)[:, None, :]
