@@ -68,6 +68,14 @@ def checkpoint_of(method: MergeMethod, seed: int, round_number: int, model: Glob
     return Checkpoint(round_number, seed, str(method), None if recipe is None else recipe.to_yaml(), model)
 
 
+def goes_on_in(folder: str | Path, resumption: Resumption | None) -> bool:
+    """Whether a resumed run goes on with the journal in this folder: its own, or where it left a second one."""
+    if resumption is None:
+        return False
+    same = Path(folder).resolve() == resumption.folder.resolve()
+    return same or (resumption is resumption_here() and (Path(folder) / "journal.jsonl").exists())
+
+
 _resumption: contextvars.ContextVar[Resumption | None] = contextvars.ContextVar("fl_merge_resumption", default=None)
 
 

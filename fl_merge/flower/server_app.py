@@ -25,7 +25,7 @@ from torch import Tensor
 from fl_merge.errors import RecipeError
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.records import to_record, to_tensors
-from fl_merge.flower.resume import Resumption, resuming, resumption_here
+from fl_merge.flower.resume import Resumption, goes_on_in, resuming, resumption_here
 from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
 from fl_merge.recipe import Recipe
@@ -111,8 +111,7 @@ def run(
     watchers: list[Watcher] = []
     folder = str(settings["run-folder"]) or str(settings["resume"])
     if folder:
-        same = resumption is not None and Path(folder).resolve() == resumption.folder.resolve()
-        watchers.append(Journal(folder, config, resumed=same))
+        watchers.append(Journal(folder, config, resumed=goes_on_in(folder, resumption)))
     strategy = FedMerge(
         recipe.build(),
         fraction_train=float(settings["fraction-train"]),

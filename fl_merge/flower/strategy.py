@@ -25,13 +25,14 @@ from fl_merge.flower.contents import (
     take_in,
     without_arrays,
 )
+from fl_merge.flower.journal import Journal
 from fl_merge.flower.keeping import SPILL_ABOVE_BYTES, Keeping
 from fl_merge.flower.loop import run_rounds
 from fl_merge.flower.records import STATISTICS_KEY
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.requests import Requests
-from fl_merge.flower.resume import Resumption, checkpoint_of, resumption_here
+from fl_merge.flower.resume import Resumption, checkpoint_of, goes_on_in, resumption_here
 from fl_merge.flower.sampling import RunFailedError, counted, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
@@ -87,6 +88,7 @@ class FedMerge(Strategy):
             whose coefficients are the clients' shares; the merged model is what it is otherwise to a last place,
             whatever the order of arrival.
         tune: chooses each round how far to go along the merged delta, by a score on the server's validation data.
+        run_folder: where `start` leaves a journal, the latest model and a checkpoint to resume from; None for nowhere.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -119,6 +121,7 @@ class FedMerge(Strategy):
         spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
         running_sum: bool = False,
         tune: Tuner | None = None,
+        run_folder: str | Path | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         whole_number("min_train_nodes", min_train_nodes, 0)
@@ -152,7 +155,9 @@ class FedMerge(Strategy):
         self.wire_dtype = wire_dtype_of(wire_dtype)
         self.tied = dict(tied or {})
         self.tune = tune
+        self.run_folder = run_folder
         self.watchers = tuple(watchers)
+        self._journal: tuple[Journal, ...] = ()
         self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
         self._requests = Requests()
         self._merged_rounds = 0
@@ -211,6 +216,8 @@ class FedMerge(Strategy):
             RunFailedError: if no round made a model.
         """
         resumption = Resumption(Path(resume), force) if resume else resumption_here()
+        if self.run_folder is not None:
+            self._journal = (Journal(self.run_folder, {}, resumed=goes_on_in(self.run_folder, resumption)),)
         self._carried.adopt(initial_arrays)
         del initial_arrays
         first = 1 if resumption is None else self._resume(resumption, num_rounds) + 1
@@ -246,7 +253,7 @@ class FedMerge(Strategy):
         return checkpoint.round_number
 
     def _watchers(self) -> tuple[Watcher, ...]:
-        return (*self.watchers, *watchers_here())
+        return (*self.watchers, *self._journal, *watchers_here())
 
     def _tell(self, what: Callable[[Watcher], None]) -> None:
         for watcher in self._watchers():

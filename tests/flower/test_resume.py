@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from fl_merge import RecipeError, momentum, server_optimizer
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.resume import Resumption, resuming
+from fl_merge.flower.server_app import run
 from fl_merge.flower.strategy import RunFailedError
 from fl_merge.flower.watch import Watcher
 from fl_merge.methods import ties, weighted_average
@@ -217,3 +218,39 @@ def test_a_resumed_run_without_a_new_model_fails(half):
     with pytest.raises(RunFailedError, match="no round of 2 since it was resumed made a model"):
         toy.run(half, 5, resume=True, min_replies=5, max_num_examples=1.0)
     assert Checkpoint.read(half).round_number == 3
+
+
+def test_in_python_a_run_folder_is_all_it_takes(whole, tmp_path):
+    """The same six rounds with `run_folder` in place of a journal made by hand."""
+    folder = tmp_path / "run"
+    for rounds, resume in ((2, None), (6, folder)):
+        strategy = toy.strategy(run_folder=folder)
+        with toy.InProcessGrid(toy.app, 8, workers=0, seed=3) as grid:
+            strategy.start(grid, toy.to_record(toy.initial()), num_rounds=rounds, resume=resume)
+    assert everything(strategy.model) == everything(whole[0].model)
+    assert [line["event"] for line in journal(folder, "run_started", "resumed")] == ["run_started", "resumed"]
+    strategy = toy.strategy(run_folder=folder)
+    with toy.InProcessGrid(toy.app, 8, workers=0) as grid, pytest.raises(RecipeError, match="already holds a run"):
+        strategy.start(grid, toy.to_record(toy.initial()), num_rounds=6)
+
+
+def test_the_run_config_resumes_a_server(tmp_path):
+    """`resume` in the run config goes on in that folder, or in another one that `run-folder` names."""
+    config = {"merge-method": "dare_linear", "server-optimizer": "momentum", "min-train-nodes": 4}
+
+    def serve(rounds, **more):
+        with toy.InProcessGrid(toy.app, 4, workers=0, seed=3) as grid:
+            run(grid, config | {"num-server-rounds": rounds} | more, lambda config: toy.initial())
+
+    serve(4, **{"run-folder": str(tmp_path / "whole")})
+    serve(2, **{"run-folder": str(tmp_path / "half")})
+    serve(4, **{"resume": str(tmp_path / "half"), "run-folder": str(tmp_path / "rest")})
+    serve(3, resume=str(tmp_path / "half"))
+    assert everything(Checkpoint.read(tmp_path / "rest").model) == everything(Checkpoint.read(tmp_path / "whole").model)
+    assert Checkpoint.read(tmp_path / "half").round_number == 3
+    with pytest.raises(RecipeError, match="the run has seed 0, found 1"):
+        serve(4, resume=str(tmp_path / "half"), seed=1)
+    serve(4, resume=str(tmp_path / "half"), seed=1, **{"resume-force": True})
+    assert [line["event"] for line in journal(tmp_path / "half", "run_started", "resumed")] == ["run_started"] + [
+        "resumed"
+    ] * 2
