@@ -1,4 +1,4 @@
-"""fl-merge: list methods, check recipes, simulate federations.
+"""fl-merge: list methods, check recipes, merge files, simulate federations.
 
 Wrong input ends with one line that says what to do, and exit code 2; a run that made no model with exit code 1.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,9 @@ from fl_merge.errors import FlMergeError, RecipeError, UpdateError
 from fl_merge.hyperparameters import describe
 from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
-from fl_merge.recipe import Recipe
+from fl_merge.offline import commands as offline
+from fl_merge.offline.config import names_models
+from fl_merge.recipe import Recipe, read_yaml
 from fl_merge.store import SafetensorsSource
 
 app = typer.Typer(
@@ -34,6 +37,11 @@ app = typer.Typer(
 app.add_typer(lora, name="lora")
 out = Console()
 err = Console(stderr=True)
+
+
+app.command("merge")(offline.merge)
+app.command("plan")(offline.plan)
+app.command("inspect")(offline.inspect_models)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,27 +68,46 @@ def methods(
         sys.stdout.write(methods_table())
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("method", "settings", "what it does"):
+    for heading in ("method", *(heading for heading, _ in _FACTS), "what it does"):
         table.add_column(heading, no_wrap=heading == "method")
     for entry in METHODS.values():
-        settings = ", ".join(f"{key}={parameter.default!r}" for key, parameter in entry.parameters.items())
-        table.add_row(entry.name, escape(settings), escape(entry.summary))
+        table.add_row(entry.name, *(fact(entry) for _, fact in _FACTS), escape(entry.summary))
     out.print(table)
+
+
+_FACTS: tuple[tuple[str, Callable[[MethodEntry], str]], ...] = (
+    ("base", lambda entry: "yes" if entry.base else "no"),
+    ("sends", lambda entry: ", ".join(entry.sends) or "models"),
+    ("passes", lambda entry: entry.passes),
+    ("sums", lambda entry: "yes" if entry.additive else "no"),
+)
+"""What the table says of each method: whether its result depends on the base, what clients send beyond their models,
+how often each model is read, whether the result is a function of sums over the clients."""
 
 
 def methods_table() -> str:
     """The methods as a Markdown table: the README's."""
-    lines = ["| method | what it does | settings | paper |", "|---|---|---|---|"]
+    headings = ["method", "what it does", "settings", *(heading for heading, _ in _FACTS), "paper"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for entry in METHODS.values():
-        settings = ", ".join(f"`{key}={parameter.default!r}`" for key, parameter in entry.parameters.items())
-        lines.append(f"| `{entry.name}` | {entry.summary} | {settings} | {entry.paper} |")
+        settings = ", ".join(f"`{key}={_default(parameter)}`" for key, parameter in entry.parameters.items())
+        facts = [fact(entry) for _, fact in _FACTS]
+        lines.append(f"| {' | '.join([f'`{entry.name}`', entry.summary, settings, *facts, entry.paper])} |")
     return "\n".join(lines) + "\n"
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return "..." if parameter.default is inspect.Parameter.empty else repr(parameter.default)
 
 
 def _explain(entry: MethodEntry) -> None:
     out.print(f"[bold]{entry.name}[/bold]\n", highlight=False)
     out.print(escape(entry.description), highlight=False)
-    out.print(f"\nPaper: {escape(entry.paper)}", highlight=False)
+    sends = f"models and {' and '.join(entry.sends)}" if entry.sends else "models, nothing else"
+    out.print(f"\nResult depends on the base: {'yes' if entry.base else 'no'}. Clients send: {sends}.", highlight=False)
+    sums = "yes" if entry.additive else "no"
+    out.print(f"Passes over each model: {entry.passes}. A function of sums over clients: {sums}.", highlight=False)
+    out.print(f"Paper: {escape(entry.paper)}", highlight=False)
     if not entry.parameters:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -100,7 +127,12 @@ def check(
         Path | None, typer.Option(help="The base model (a safetensors file or folder): check the rules against it too.")
     ] = None,
 ) -> None:
-    """Check a recipe, against a base model if one is given, before anything runs."""
+    """Check a recipe before anything runs: against its models if it names any, or a base model if one is given."""
+    if names_models(read_yaml(recipe)):
+        if base is not None:
+            raise RecipeError(f"--base: recipe '{recipe}' names its own models")
+        offline.show_plan(offline.planned(recipe))
+        return
     method = Recipe.load(recipe).build(SafetensorsSource(base).specs() if base is not None else None)
     out.print(f"{escape(str(method))}", highlight=False)
 

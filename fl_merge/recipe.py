@@ -95,16 +95,7 @@ class Recipe:
         Raises:
             RecipeError: naming the file, the key, what was found and what is allowed.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"recipe '{path}': {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise RecipeError(f"recipe '{path}': not a text file in UTF-8") from None
-        try:
-            content = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"recipe '{path}': not valid YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
         try:
             recipe = cls.from_dict(content)
             recipe.build()
@@ -218,6 +209,24 @@ class Recipe:
         if self.server_optimizer:
             content["server_optimizer"] = _plain(self.server_optimizer)
         return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> object:
+    """What a recipe's file holds, as plain data.
+
+    Raises:
+        RecipeError: naming the file, if it cannot be read or is not YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe '{path}': {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"recipe '{path}': not a text file in UTF-8") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe '{path}': not valid YAML: {' '.join(str(error).split())}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -105,6 +105,20 @@ MAY_IMPORT = {
     },
     "recipe": {"clipping", "optimizers", "hyperparameters", "method", "execute", "types", "errors"},
     "runs": {"model", "store", "types", "errors"},
+    "architectures": set(),
+    "offline": {
+        "__init__",
+        "architectures",
+        "check",
+        "errors",
+        "execute",
+        "hyperparameters",
+        "method",
+        "recipe",
+        "shapes",
+        "store",
+        "types",
+    },
     "flower": {
         "tuning",
         "naming",
@@ -126,6 +140,7 @@ MAY_IMPORT = {
     },
     "lora_cli": {"adapters", "codecs", "lowrank", "ops.lowrank", "method", "types", "errors"},
     "cli": {
+        "offline",
         "lora_cli",
         "hyperparameters",
         "__init__",
@@ -159,9 +174,21 @@ ELSEWHERE = {
     "safetensors": {"store"},
     "yaml": {"recipe", "flower"},
     "numba": {"kernels"},
-    "typer": {"cli", "lora_cli"},
-    "rich": {"cli", "lora_cli", "flower"},
-    "pathlib": {"store", "personal", "adapters", "spill", "running", "recipe", "runs", "flower", "cli", "lora_cli"},
+    "typer": {"offline", "cli", "lora_cli"},
+    "rich": {"offline", "cli", "lora_cli", "flower"},
+    "pathlib": {
+        "offline",
+        "store",
+        "personal",
+        "adapters",
+        "spill",
+        "running",
+        "recipe",
+        "runs",
+        "flower",
+        "cli",
+        "lora_cli",
+    },
 }
 """Libraries that only some parts may import."""
 
