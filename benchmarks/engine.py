@@ -219,7 +219,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen.scaling_size = chosen.scaling_size or (250_000_000 if full else 32_000_000)
     chosen.dtypes = chosen.dtypes or (["bfloat16", "float32"] if full else ["bfloat16"])
     chosen.budget = chosen.budget or (300.0 if full else 1.0)
-    chosen.methods = chosen.methods or [name for name in METHODS if chosen.models in build(name).clients]
+    chosen.methods = chosen.methods or [
+        name for name, entry in METHODS.items() if entry.merges == "models" and chosen.models in build(name).clients
+    ]
     unknown = [method for method in chosen.methods if method not in METHODS]
     if unknown:
         parser.error(f"no such method: {', '.join(unknown)} (there are: {', '.join(METHODS)})")

@@ -208,7 +208,7 @@ class Fillers:
         spec, weights_N, step = self._spec_for(output), self._weights_N(output), self._small_step(output)
         if compute.scope == "model" and output.scope is not None:
             key = id(compute), output.scope
-            scope_start = output.scope.offsets[output.name]
+            scope_start = output.scope.offsets[output.tensor]
             survey_NK = self._model_surveys.get(key, survey_NK)
             joint_K = self._model_choices.get(key, joint_K)
         else:
@@ -221,7 +221,7 @@ class Fillers:
             joint_K = compute.joint(versions.deltas(0, versions.numel), weights_N)
 
         def at(start: int, stop: int, known_K: Tensor, count: Callable[[], int] | None = None) -> Slice:
-            place = (output.name, start, stop, scope_start + start)
+            place = (output.tensor, start, stop, scope_start + start)
             return Slice(*place, spec, survey_NK, count, self._device, known_K, row_length(output.spec))
 
         joint_K = measured(
@@ -282,7 +282,7 @@ class Fillers:
             divisor_N = density_N if prune.rescale is True else [1.0] * len(density_N)
             if prune.rescale == "l1":
                 divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist()
-            keys_N = draw_keys(spec, output.name)
+            keys_N = draw_keys(spec, output.tensor)
             arguments = {"keys_N": keys_N, "density_N": density_N, "divisor_N": divisor_N}
         return CompiledStages(output, dtype, native, stages, weights_N, arguments)
 
@@ -338,7 +338,7 @@ class Fillers:
                 groups.setdefault((id(output.compute), output.scope), []).append(output)
         for (key, scope), members in groups.items():
             compute = members[0].compute
-            by_name = {output.name: Versions(self._cohort, output, self._device, self._kernels) for output in members}
+            by_name = {output.tensor: Versions(self._cohort, output, self._device, self._kernels) for output in members}
             in_order = [by_name[name] for name in scope.names]
             work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
             spec = self._spec_for(members[0])

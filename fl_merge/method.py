@@ -91,7 +91,8 @@ class MethodEntry:
         additive: whether the result is a function of sums over the clients (of what each sends), so that it can be
             had from secure aggregation.
         passes: how often each client's model is read.
-        merges: "models", or "adapters" for a method that works on pairs of LoRA factors and on nothing else.
+        merges: "models"; "adapters" for a method that works on pairs of LoRA factors and on nothing else; "structures"
+            for one whose result has other names or shapes.
     """
 
     name: str
@@ -102,7 +103,7 @@ class MethodEntry:
     sends: tuple[str, ...] = ()
     additive: bool = False
     passes: str = ""
-    merges: Literal["models", "adapters"] = "models"
+    merges: Literal["models", "adapters", "structures"] = "models"
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -158,7 +159,7 @@ def merge_method(
     sends: Sequence[str] = (),
     additive: bool = False,
     passes: str = "1",
-    merges: Literal["models", "adapters"] = "models",
+    merges: Literal["models", "adapters", "structures"] = "models",
     clients: Clients | Callable[..., Clients] = Clients(),
 ) -> Callable[[Callable[P, MergeMethod]], Callable[P, Method]]:
     """Register a function as a merge method under its own name.

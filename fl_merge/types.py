@@ -285,6 +285,8 @@ class Output:
         scope: over which tensors statistics run; None for the tensor itself.
         weights_N: the shares of the clients that are read, as they are; None for the cohort's.
         note: what the report says of it: that it was not merged as the method says, and why.
+        merged_as: under which name the tensor is merged, where it is written under another one (a layer that is
+            stacked twice): statistics, draws and places within the scope go by it. Empty for `name`.
     """
 
     name: str
@@ -294,6 +296,12 @@ class Output:
     scope: Scope | None = None
     weights_N: tuple[float, ...] | None = None
     note: str = ""
+    merged_as: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The name under which it is merged."""
+        return self.merged_as or self.name
 
 
 class MergeMethod(Protocol):

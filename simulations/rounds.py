@@ -254,7 +254,7 @@ def plot(rows: Sequence[Row], rounds: int, path: Path) -> None:
 def main() -> None:
     options = study.arguments("Methods as aggregators over rounds.", "rounds").parse_args()
     seeds, rounds, alphas = options.seeds, ROUNDS, ALPHAS
-    wanted = aggregators(list(METHODS))
+    wanted = aggregators([name for name, entry in METHODS.items() if entry.merges == "models"])
     if options.quick:
         seeds, rounds, alphas = 2, 2, (0.5,)
         wanted = {name: settings[:2] for name, settings in aggregators(["ties"]).items() if "adam," not in name}

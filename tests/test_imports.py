@@ -43,9 +43,11 @@ MAY_IMPORT = {
     "method": {"hyperparameters", "types", "errors"},
     "lowrank": {"ops.lowrank", "shapes", "types", "errors"},
     "on_products": {"fill", "reading", "ops", "shapes", "types", "errors"},
+    "structures": {"architectures", "method", "shapes", "ops.draws", "ops.routing", "types", "errors"},
     "methods": {
         "hyperparameters",
         "method",
+        "structures",
         "lowrank",
         "on_products",
         "measured",

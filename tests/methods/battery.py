@@ -354,7 +354,7 @@ SETTINGS = [
 def cases(entry: MethodEntry) -> list[tuple]:
     """Every property with every setting to try it with: (property, arguments, name)."""
     found: list[tuple] = []
-    if entry.merges == "adapters":  # their numbers have a battery of their own, tests/adapters
+    if entry.merges != "models":  # their numbers have tests of their own: tests/adapters, tests/structures
         return [(check, (entry,), "") for check in SETTINGS]
     for settings in variants(entry):
         found += [(check, (entry, settings), settings_text(settings)) for check in NUMBERS]

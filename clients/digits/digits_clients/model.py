@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from digits_clients import mixture
 from digits_clients.data import NUM_CLASSES, SIDE, Examples, public_examples, seeded
 
 HIDDEN = 512
@@ -39,10 +40,10 @@ class Network(nn.Module):
         return self.output(torch.relu(self.hidden2(features)))
 
 
-def network(state: Mapping[str, Tensor]) -> Network:
-    """A network of its own with these weights in float32."""
+def network(state: Mapping[str, Tensor]) -> Network | mixture.Mixture:
+    """A network of its own with these weights in float32: a mixture of experts if they are one's."""
     with torch.device("meta"):  # draws nothing from the global generator
-        empty = Network(len(state["hidden1.bias"]))
+        empty = mixture.empty(state) if mixture.is_mixture(state) else Network(len(state["hidden1.bias"]))
     empty.load_state_dict({k: v.detach().to(torch.float32).clone() for k, v in state.items()}, assign=True)
     return empty.requires_grad_()
 
