@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TOKENS, Model
+from small_models import TOKENS, Model
 
 from digits_clients import mixture
 from digits_clients import model as digits

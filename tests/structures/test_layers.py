@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import TOKENS, Model
+from small_models import TOKENS, Model
 
 from fl_merge import MergeError, RecipeError, build, kernels, merge
 from fl_merge.execute import execute
