@@ -372,3 +372,44 @@ def _averaged(name: str, spec: CohortSpec) -> Output:
         return result.to(compute_dtype(first.dtype))
 
     return Output(name, tensor, tuple(Read(at, name) for at in who), Whole(average))
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """What a merge of adapters has written: the adapter, its residual, and the reports by module.
+
+    Columns of zeros at the end, with which an output is padded to the rank that was planned, are cut off.
+    """
+    reports = {name.removesuffix(REPORT): t for name, t in tensors.items() if name.endswith(REPORT)}
+    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith(REPORT)}
+    residual = {name.removeprefix(RESIDUAL): t for name, t in rest.items() if name.startswith(RESIDUAL)}
+    main = {name: tensor for name, tensor in rest.items() if not name.startswith(RESIDUAL)}
+    ours = {module: report for module, report in reports.items() if not module.startswith(RESIDUAL)}
+    theirs = {m.removeprefix(RESIDUAL): report for m, report in reports.items() if m.startswith(RESIDUAL)}
+    return _trimmed(main, ours), _trimmed(residual, theirs), reports
+
+
+def _trimmed(tensors: dict[str, Tensor], reports: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    pairs, _ = pairs_of({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
+    for module, report in reports.items():
+        pair, kept = pairs[module], max(1, int(report[2]))
+        tensors[pair.a], tensors[pair.b] = tensors[pair.a][:kept], tensors[pair.b][:, :kept].contiguous()
+    return tensors
+
+
+def relative_error(reports: Mapping[str, Tensor]) -> float:
+    """What was cut off in all modules, relative to the norm of all: Frobenius norms."""
+    error = math.sqrt(math.fsum(float(report[0]) ** 2 for report in reports.values()))
+    norm = math.sqrt(math.fsum(float(report[1]) ** 2 for report in reports.values()))
+    return error / norm if norm else 0.0
+
+
+def absent_modules(spec: CohortSpec) -> dict[str, str]:
+    """Notes on the modules that only some clients have, by name of the A."""
+    notes = {}
+    for name in spec.tensors:
+        if not name.endswith(tuple(SUFFIXES)) or name.startswith(RESIDUAL):
+            continue
+        absent = [who for who, each in zip(spec.client_ids, spec.clients_N, strict=True) if name not in each]
+        if absent:
+            notes[name] = f"clients without this module: {', '.join(absent)}"
+    return notes

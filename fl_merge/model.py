@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fl_merge.codecs import DTYPES, blank
 from fl_merge.errors import MergeError, RecipeError
+from fl_merge.exchange import exchange_of
 from fl_merge.execute import MergeReport, execute, merged_specs
+from fl_merge.lowrank import RESIDUAL, absent_modules, parted, relative_error
 from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.tuning import Tuner, tune
@@ -42,7 +44,8 @@ class GlobalModel:
         dtypes: the base's, in which the model is given out.
         tied: names that are another name's tensor (tied weights), and that name.
         encoded: the bytes of those tensors of `sent` and `kept` that were made as they travel.
-        optimizer_state: of the method's server optimizer, by name (`fl_merge.optimizers`). The next model takes it over
+        optimizer_state: of the method's server optimizer, by name (`fl_merge.optimizers`), or the forms in which
+            clients have their adapters (`fl_merge.exchange`). The next model takes it over
             and changes it.
     """
 
@@ -85,7 +88,10 @@ class GlobalModel:
         model = cls.of(tensors, wire=wire, tied=tied)
         specs = {name: spec for name, spec in model.specs().items() if name not in model.tied}
         planned = merged_specs(method, specs)
-        if planned is not None and planned != specs:
+        if exchange_of(method) is not None:
+            if tied:
+                raise RecipeError(f"tied: {method} merges adapters, whose factors are not tied")
+        elif planned is not None and planned != specs:
             changed = next(name for name in [*planned, *specs] if planned.get(name) != specs.get(name))
             raise RecipeError(f"{method} changes the model's tensors ('{changed}'), which a run cannot carry on with")
         return model
@@ -161,6 +167,8 @@ class GlobalModel:
         Raises:
             MergeError: as `execute` and `of`.
         """
+        if exchange_of(method) is not None:
+            return self._merged_adapter(method, updates, seed, round_number, wire)
         sink = self.sink()
         cohort = Cohort(MemorySource(self.sent, self.tied), updates, seed, round_number)
         report = execute(method, cohort, sink, master=True)
@@ -173,6 +181,25 @@ class GlobalModel:
             return report
         found = tune(tuner, merged.tensors, self.sent, self.dtypes, self.kept, self.tied)
         return replace(report, found={**report.found, "auto_scale": found})
+
+    def _merged_adapter(
+        self, method: MergeMethod, updates: tuple[Update, ...], seed: int, round_number: int, wire: torch.dtype | None
+    ) -> tuple[GlobalModel, MergeReport]:
+        """The next global adapter, whose ranks may be others. Its products take the place of those before.
+
+        What clients were not sent of the master for lack of precision is not carried on: the factors are others after
+        every round, and so is what rounding does to them.
+        """
+        sink = MemorySink()
+        cohort = Cohort(MemorySource(self.master(), {}), updates, seed, round_number)
+        report = execute(method, cohort, sink, master=True)
+        adapter, residual, reports = parted(sink.tensors)
+        tensors = {**adapter, **{RESIDUAL + name: tensor for name, tensor in residual.items()}}
+        dtypes = {name: self.dtypes[name.removeprefix(RESIDUAL)] for name in tensors}
+        model = GlobalModel.of({n: t.contiguous() for n, t in tensors.items()}, wire=wire, dtypes=dtypes)
+        found = {**report.found, "lora-relative-error": relative_error(reports)}
+        notes = {**report.notes, **absent_modules(cohort.spec())}
+        return model, replace(report, notes=notes, found=found)
 
     def sink(self) -> EncodedSink:
         """Where the model that comes after this one is merged to."""

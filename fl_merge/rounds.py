@@ -13,6 +13,7 @@ import torch
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_metrics, check_update
 from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
+from fl_merge.exchange import Form, exchange_of, expected, forms_as_state, plain, reported
 from fl_merge.execute import MergeReport
 from fl_merge.method import sends
 from fl_merge.model import GlobalModel
@@ -132,6 +133,8 @@ class Round:
         self._refused: dict[str, Refusal] = {}
         self._specs = model.specs()
         self._values = MemorySource(model.sent, model.tied)
+        self._exchange = exchange_of(method)
+        self._forms: dict[str, Form] = {}
         self._started = time.perf_counter()
 
     def offer(self, client_id: str, read: Callable[[], Update]) -> Refusal | None:
@@ -154,15 +157,19 @@ class Round:
             update = self._read(read)
             if not self._statistics:  # nobody will read them
                 update = replace(update, statistics=None)
+            adapters = self._exchange is not None
             check_update(
                 update,
-                self._specs,
+                self._specs if self._exchange is None else expected(update, self._specs, self._exchange),
                 max_num_examples=self.max_num_examples,
-                values=self._values,
-                tied=self._model.tied,
+                values=None if adapters else self._values,
+                tied=None if adapters else self._model.tied,
                 statistics=self._statistics,
             )
             check_metrics(update.metrics, self._sends)
+            form: Form | None = None
+            if adapters:
+                update, form = plain(update, self._values)
             sources = [source for source in (update.tensors, update.statistics) if source is not None]
             size = sum(spec.nbytes for source in sources for spec in source.specs().values())
             if self._running is not None:
@@ -176,7 +183,10 @@ class Round:
             self._not_kept = str(error)
             return self.refuse(client_id, "the server could not keep it")
         self._updates[client_id] = update
-        self._accepted.append(Accepted(client_id, update.num_examples, update.metrics, size))
+        if form is not None:
+            self._forms[client_id] = form
+        metrics = update.metrics if form is None else reported(update.metrics)
+        self._accepted.append(Accepted(client_id, update.num_examples, metrics, size))
         return None
 
     @staticmethod
@@ -235,9 +245,13 @@ class Round:
             merge = self._model.tuned(sink, self._running.merge(sink), self._tuner)
             return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
         updates = tuple(self._updates.values())
-        return self._model.merged(
+        model, merge = self._model.merged(
             self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire, tuner=self._tuner
         )
+        if self._exchange is not None:
+            known = {**self._model.optimizer_state, **forms_as_state(self._forms)}
+            model = replace(model, optimizer_state={name: known[name] for name in sorted(known)})
+        return model, merge
 
 
 def asked_statistics(method: MergeMethod) -> tuple[str, ...]:

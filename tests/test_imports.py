@@ -77,7 +77,8 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "model": {"tuning", "optimizers", "execute", "codecs", "store", "types", "errors"},
+    "exchange": {"lowrank", "ops.lowrank", "ops.draws", "types", "errors"},
+    "model": {"exchange", "lowrank", "tuning", "optimizers", "execute", "codecs", "store", "types", "errors"},
     "adapters": {
         "lowrank",
         "ops.lowrank",
@@ -92,6 +93,7 @@ MAY_IMPORT = {
     },
     "running": {"execute", "store", "types", "errors"},
     "rounds": {
+        "exchange",
         "tuning",
         "method",
         "naming",
@@ -122,6 +124,8 @@ MAY_IMPORT = {
         "types",
     },
     "flower": {
+        "exchange",
+        "lowrank",
         "tuning",
         "naming",
         "statistics",

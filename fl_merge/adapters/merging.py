@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from fl_merge.adapters.source import fused
 from fl_merge.check import check_finite
 from fl_merge.errors import MergeError, RecipeError, UpdateError
 from fl_merge.execute import execute, worker_pool
-from fl_merge.lowrank import REPORT, RESIDUAL, SCALINGS, Pair, pairs_of
+from fl_merge.lowrank import SCALINGS, Pair, pairs_of, parted, relative_error
 from fl_merge.merging import shares
 from fl_merge.method import METHODS, as_method
 from fl_merge.store import MemorySink
@@ -181,28 +180,6 @@ class _Nothing:
         return {}
 
 
-def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """What a merge of adapters has written: the adapter, its residual, and the reports by module.
-
-    Columns of zeros at the end, with which an output is padded to the rank that was planned, are cut off.
-    """
-    reports = {name.removesuffix(REPORT): t for name, t in tensors.items() if name.endswith(REPORT)}
-    rest = {name: tensor for name, tensor in tensors.items() if not name.endswith(REPORT)}
-    residual = {name.removeprefix(RESIDUAL): t for name, t in rest.items() if name.startswith(RESIDUAL)}
-    main = {name: tensor for name, tensor in rest.items() if not name.startswith(RESIDUAL)}
-    ours = {module: report for module, report in reports.items() if not module.startswith(RESIDUAL)}
-    theirs = {m.removeprefix(RESIDUAL): report for m, report in reports.items() if m.startswith(RESIDUAL)}
-    return _trimmed(main, ours), _trimmed(residual, theirs), reports
-
-
-def _trimmed(tensors: dict[str, Tensor], reports: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    pairs, _ = pairs_of({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
-    for module, report in reports.items():
-        pair, kept = pairs[module], max(1, int(report[2]))
-        tensors[pair.a], tensors[pair.b] = tensors[pair.a][:kept], tensors[pair.b][:, :kept].contiguous()
-    return tensors
-
-
 def _named(adapters: Sequence[Adapter]) -> dict[str, Adapter]:
     names = [adapter.name for adapter in adapters]
     if len(set(names)) == len(names):
@@ -240,8 +217,6 @@ def _manifest(
     for module, (error, norm, _) in ((module, report.tolist()) for module, report in sorted(reports.items())):
         rank = pairs[module].rank if module in pairs else int(reports[module][2])
         modules[module] = {"rank": rank, "error": error, "norm": norm, "relative_error": error / norm if norm else 0.0}
-    error = math.sqrt(math.fsum(entry["error"] ** 2 for entry in modules.values()))
-    norm = math.sqrt(math.fsum(entry["norm"] ** 2 for entry in modules.values()))
     inputs = []
     for update, weight in zip(cohort.updates, cohort.weights_N, strict=True):
         adapter = named[update.client_id]
@@ -256,7 +231,7 @@ def _manifest(
                 "modules": len(ranks),
             }
         )
-    relative = error / norm if norm else 0.0
+    relative = relative_error(reports)
     notes = _notes(cohort, getattr(method, "parameters", {}).get("missing", "zero"), relative)
     return {
         "made_by": "fl_merge",
@@ -285,4 +260,4 @@ def _notes(cohort: Cohort, missing: str, relative: float) -> list[str]:
     return notes
 
 
-__all__ = ["MANIFEST", "MergedAdapter", "merge_adapters", "parted"]
+__all__ = ["MANIFEST", "MergedAdapter", "merge_adapters"]

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from fl_merge.errors import MergeError
+from fl_merge.exchange import FITTED, SHARE, TRAINS, Downlinks, Form, exchange_of, form_in_state
 from fl_merge.flower.records import to_record, views
 from fl_merge.model import GlobalModel
 from fl_merge.types import MergeMethod
@@ -31,6 +32,9 @@ class CarriedModel:
         self.wire_record: ArrayRecord | None = None
         self._method, self._wire, self._tied = method, wire, tied
         self._model: GlobalModel | None = None
+        self._exchange = exchange_of(method)
+        self._downlinks: Downlinks | None = None
+        self._fitted: dict[object, ArrayRecord] = {}
 
     @property
     def model(self) -> GlobalModel:
@@ -53,6 +57,7 @@ class CarriedModel:
             return
         self._model = GlobalModel.initial(views(arrays), self._method, wire=self._wire, tied=self._tied)
         self.record = arrays
+        self._downlinks = None
         self.wire_record = arrays if self._wire is None else to_record(self._model.sent, encoded=self._model.encoded)
 
     def given_out(self) -> ArrayRecord:
@@ -67,5 +72,32 @@ class CarriedModel:
 
     def follow(self, model: GlobalModel) -> None:
         """Go on with a model that a round has made."""
+        self._downlinks = None
         self._model, self.record = model, to_record(model.tensors(), encoded=model.encoded)
         self.wire_record = self.record if self._wire is None else to_record(model.sent, encoded=model.encoded)
+
+    def sent_to(self, client: str, seed: int, server_round: int) -> tuple[ArrayRecord, dict[str, bool | str]]:
+        """What a client is sent, and what is said of it in the message's config: nothing, but of adapters."""
+        assert self.wire_record is not None
+        if self._exchange is None:
+            return self.wire_record, {}
+        about: dict[str, bool | str] = {TRAINS: self._exchange.trains(server_round), SHARE: self._exchange.share}
+        form = form_in_state(self.model.optimizer_state, client, self.model.specs())
+        if form is None:
+            return self.wire_record, {**about, FITTED: False}
+        return self._in_form(form, seed, server_round), {**about, FITTED: True}
+
+    def _in_form(self, form: Form, seed: int, server_round: int) -> ArrayRecord:
+        assert self._exchange is not None
+        if self._downlinks is None:
+            self._downlinks = Downlinks(self.model.master(), self._exchange, (seed, server_round))
+            self._fitted = {}
+        key = (tuple(form.ranks.items()), tuple(form.scalings.items()))
+        if key not in self._fitted:
+            tensors = self._downlinks.fitted(form)
+            dtypes = {
+                n: self._wire if self._wire and t.is_floating_point() else self.model.dtypes[n]
+                for n, t in tensors.items()
+            }
+            self._fitted[key] = to_record({name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
+        return self._fitted[key]

@@ -22,6 +22,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from torch import Tensor, nn
 
 from fl_merge.errors import DecodeError
+from fl_merge.exchange import FITTED, fit
 from fl_merge.flower.records import STATISTICS_KEY, STATISTICS_RECORD, to_record, to_tensors
 from fl_merge.statistics import collect
 
@@ -36,6 +37,31 @@ def receive(message: Message) -> dict[str, Tensor]:
     if len(records) != 1:
         raise DecodeError(f"message with {len(records)} ArrayRecords, wanted one")
     return to_tensors(records[0])
+
+
+def receive_adapter(
+    message: Message, own: Mapping[str, Tensor], scalings: Mapping[str, float] | float
+) -> dict[str, Tensor]:
+    """The global adapter in the client's own ranks and scalings, ready for `set_peft_model_state_dict`.
+
+    A server that merges adapters (`FedMerge(lora_svd())`) sends a client that it knows the adapter as it is to be
+    loaded, and one that it does not know yet in plain factors, which are fitted here.
+
+    Args:
+        message: from the server.
+        own: what `get_peft_model_state_dict` gives of the client's model.
+        scalings: alpha / rank (rsLoRA: over its square root), for all modules or by module. They go into the reply's
+            metrics as `lora-scalings`: one number, or one a module in order of name.
+
+    Raises:
+        DecodeError: as `receive`.
+        MergeError: if the adapter is not one of the client's modules.
+    """
+    tensors = receive(message)
+    config = message.content.config_records.get("config")
+    if config is not None and config.get(FITTED, False):
+        return {name: tensors.get(name, tensor) for name, tensor in own.items()}
+    return fit(tensors, own, scalings)
 
 
 def reply(

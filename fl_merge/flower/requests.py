@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import Message, Metadata, RecordDict
 
@@ -13,10 +13,13 @@ class Requests:
     def __init__(self) -> None:
         self._asked: list[Metadata] = []  # their ids are set when the messages are pushed
 
-    def ask(self, nodes: Sequence[int], content: RecordDict, message_type: str, server_round: int) -> list[Message]:
+    def ask(
+        self, nodes: Sequence[int], content_for: Callable[[int], RecordDict], message_type: str, server_round: int
+    ) -> list[Message]:
         """One message a node; no nodes for a phase that asks nobody."""
         messages = [
-            Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round)) for node in nodes
+            Message(content_for(node), dst_node_id=node, message_type=message_type, group_id=str(server_round))
+            for node in nodes
         ]
         self._asked = [message.metadata for message in messages]
         return messages

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fl_merge.errors import RecipeError
+from fl_merge.exchange import exchange_of
+from fl_merge.lowrank import RESIDUAL
 from fl_merge.model import GlobalModel
 from fl_merge.recipe import Recipe
 from fl_merge.runs.checkpoint import Checkpoint
@@ -53,6 +55,8 @@ class Resumption:
         if seed != checkpoint.seed:
             raise RecipeError(f"{where}: the run has seed {checkpoint.seed}, found {seed}{advice}")
         wanted, found = checkpoint.model.specs(), initial.specs()
+        if exchange_of(method) is not None:  # an adapter's ranks may have changed
+            wanted = {name: found.get(name, spec) for name, spec in wanted.items() if not name.startswith(RESIDUAL)}
         for name in [*wanted, *found]:
             if wanted.get(name) != found.get(name):
                 raise RecipeError(

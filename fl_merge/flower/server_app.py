@@ -23,6 +23,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fl_merge.errors import RecipeError
+from fl_merge.exchange import PLAIN, exchange_of
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.records import to_record, to_tensors
 from fl_merge.flower.resume import Resumption, goes_on_in, resuming, resumption_here
@@ -73,7 +74,8 @@ def make_server_app(
 
     Args:
         initial: from the run config to the initial state dict; by default `initial-model` names it.
-        evaluate: from the run config, the round (0 before the first) and the global model to metrics.
+        evaluate: from the run config, the round (0 before the first) and the global model to metrics. Its config has
+            one key more, `lora-plain`: whether the model is an adapter in plain factors (alpha = rank).
         tune: from the run config to what chooses each round's scale on validation data, or None.
     """
     app = ServerApp()
@@ -132,10 +134,12 @@ def run(
         watchers=watchers,
     )
 
+    about = {**config, PLAIN: exchange_of(strategy.method) is not None}
+
     def evaluated(server_round: int, model: ArrayRecord) -> MetricRecord:
         assert evaluate is not None
         return MetricRecord(
-            {key: float(value) for key, value in evaluate(config, server_round, to_tensors(model)).items()}
+            {key: float(value) for key, value in evaluate(about, server_round, to_tensors(model)).items()}
         )
 
     with resuming(resumption):

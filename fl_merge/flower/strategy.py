@@ -417,6 +417,15 @@ class FedMerge(Strategy):
         settings["server-round"] = server_round
         if message_type == MessageType.TRAIN and self.statistics:
             settings[STATISTICS_KEY] = ",".join(self.statistics)
-        assert self._carried.wire_record is not None
-        content = RecordDict({self.arrayrecord_key: self._carried.wire_record, self.configrecord_key: settings})
-        return self._requests.ask(nodes, content, message_type, server_round)
+        shared: dict[int, RecordDict] = {}  # of clients that are sent the same model: all, but of adapters
+
+        def content_for(node: int) -> RecordDict:
+            arrays, about = self._carried.sent_to(str(node), self.seed, server_round)
+            if id(arrays) not in shared:
+                config = settings.copy()
+                for key, value in about.items():
+                    config[key] = value
+                shared[id(arrays)] = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+            return shared[id(arrays)]
+
+        return self._requests.ask(nodes, content_for, message_type, server_round)
