@@ -46,7 +46,7 @@ from benchmarks.measure import Measured, Worker, WorkFailedError
 from benchmarks.peers import MERGEKIT, mergekit_python
 from benchmarks.report import Report, Sheet, flower_sheet, plain, side_by_side
 from benchmarks.scaling import measure_scaling
-from fl_merge import METHODS, build
+from fl_merge import METHODS
 
 PARTS = ("files", "memory", "flower", "server", "kernels", "scaling")
 COUNTS = (2, 4, 8, 16, 32)
@@ -219,9 +219,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     chosen.scaling_size = chosen.scaling_size or (250_000_000 if full else 32_000_000)
     chosen.dtypes = chosen.dtypes or (["bfloat16", "float32"] if full else ["bfloat16"])
     chosen.budget = chosen.budget or (300.0 if full else 1.0)
-    chosen.methods = chosen.methods or [
-        name for name, entry in METHODS.items() if entry.merges == "models" and chosen.models in build(name).clients
-    ]
+    chosen.methods = chosen.methods or rows.methods_of(chosen.models)
     unknown = [method for method in chosen.methods if method not in METHODS]
     if unknown:
         parser.error(f"no such method: {', '.join(unknown)} (there are: {', '.join(METHODS)})")

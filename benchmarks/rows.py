@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.data import TINY, make_models
 from benchmarks.measure import Measured, Worker, WorkFailedError
-from fl_merge import METHODS
+from fl_merge import METHODS, build
 
 MERGEKIT_METHODS = {  # ours, and theirs
     "weighted_average": "linear",
@@ -149,6 +149,11 @@ def merge_rows(
                 title = f"mergekit, {part}: {theirs}" + (", 2 models" if label.endswith("2 models") else "")
                 rows.append(Row(title, job, against=label, floor=limit, python=mergekit))
     return rows
+
+
+def methods_of(models: int) -> list[str]:
+    """The methods that merge whole models, and so many of them."""
+    return [name for name, entry in METHODS.items() if entry.merges == "models" and models in build(name).clients]
 
 
 def kernel_rows(bench: Bench, models: int, dtypes: Sequence[str]) -> list[Row]:

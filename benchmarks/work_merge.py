@@ -105,7 +105,8 @@ def kernels(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
 
     job: `folders`, tiny models of each dtype.
     """
-    from fl_merge import METHODS, build
+    from benchmarks.rows import methods_of
+    from fl_merge import build
     from fl_merge import kernels as compiled
     from fl_merge.execute import execute
     from fl_merge.store import MemorySink, MemorySource, load
@@ -119,12 +120,8 @@ def kernels(job: Job, folder: Path, out: Path) -> Callable[[], Work]:
 
     def every_method() -> None:
         for cohort in cohorts:
-            for name, entry in METHODS.items():
-                if entry.merges != "models":
-                    continue
-                method = build(name)
-                if len(cohort.updates) in method.clients:
-                    execute(method, cohort, MemorySink())
+            for name in methods_of(len(cohort.updates)):
+                execute(build(name), cohort, MemorySink())
 
     def fresh() -> Work:
         every_method()  # by the definitions in torch: there are too few elements to load kernels by themselves

@@ -16,7 +16,7 @@ from torch import Tensor
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Inputs, readable
 from fl_merge.ops.combine import add_scaled_delta
-from fl_merge.ops.gram import BLOCK, gram_block, gram_partials
+from fl_merge.ops.gram import BLOCK, gram_partials
 from fl_merge.types import BASE, Cohort, Output, Read, TensorSource, TensorSpec, compute_dtype
 
 
@@ -94,13 +94,8 @@ class Versions:
             vectors_NS = self.deltas(start, stop) if on == "deltas" else self._weights(start, stop)
             return gram_partials(vectors_NS)
         partials = torch.empty(math.ceil((stop - start) / BLOCK), *2 * [len(self._clients)], dtype=torch.float64)
-        block_NS = torch.empty(len(self._clients), min(BLOCK, stop - start), dtype=torch.float64)
-        for block, begin in enumerate(range(start, stop, BLOCK)):
-            size = min(BLOCK, stop - begin)
-            if size < block_NS.shape[1]:
-                block_NS = torch.empty(len(self._clients), size, dtype=torch.float64)
-            self.native.vectors(on, begin, block_NS)
-            partials[block] = gram_block(block_NS)
+        for partial_NN, begin in zip(partials, range(start, stop, BLOCK), strict=True):
+            self.native.gram(on, begin, min(begin + BLOCK, stop), partial_NN)
         return partials
 
     def _weights(self, start: int, stop: int) -> Tensor:

@@ -34,6 +34,7 @@ from fl_merge.methods import (
     weighted_average,
 )
 from fl_merge.ops.draws import stream_key, uniform
+from fl_merge.ops.gram import gram_partials
 from fl_merge.ops.sparsify import keep_count, keep_largest, largest_cutoff
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 1.5, -1.5, 1e30, -1e30]
@@ -428,3 +429,16 @@ def test_robust_methods_with_attackers(method, coarse):
     updates[7]["b"] -= 1e20
     defined, compiled = both(lambda: merge(method, base, updates))
     assert defined == compiled
+
+
+@pytest.mark.parametrize("on", ["deltas", "weights"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("size", [1, 15, 1024, 1025, 5000, 16_384])
+def test_inner_products_are_added_in_the_order_of_their_definition(size, count, on):
+    base, updates = models(torch.bfloat16, {"a": (size,)}, count)
+    compiled = kernels.load()
+    assert compiled is not None
+    found_NN = torch.empty(count, count, dtype=torch.float64)
+    Inputs(compiled, base["a"], [update["a"] for update in updates]).gram(on, 0, size, found_NN)
+    vectors_NS = torch.stack([update["a"].float() - (base["a"].float() if on == "deltas" else 0) for update in updates])
+    assert torch.equal(found_NN, gram_partials(vectors_NS)[0])

@@ -9,18 +9,19 @@ from fl_merge.kernels.counting import (
     sample_magnitudes,
 )
 from fl_merge.kernels.elements import combine_elements
-from fl_merge.kernels.merging import prune_combine, uniform, vectors, weighted_sum
+from fl_merge.kernels.gram import gram
+from fl_merge.kernels.merging import prune_combine, uniform, weighted_sum
 
 __all__ = [
     "BLOCK",
     "combine_elements",
     "count_magnitudes",
+    "gram",
     "largest_magnitude",
     "magnitudes_between",
     "nth_equal",
     "prune_combine",
     "sample_magnitudes",
     "uniform",
-    "vectors",
     "weighted_sum",
 ]

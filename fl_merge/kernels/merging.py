@@ -54,27 +54,6 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
     return largest
 
 
-@compiled_pass
-def vectors(base, base_code, clients_N, codes_N, deltas, start, out_NS):
-    """The clients' float32 deltas, or their float32 weights, of one piece, as float64."""
-    size = out_NS.shape[1]
-    base_store = np.empty(BLOCK, np.float32)
-    vector_store = np.empty(BLOCK, np.float32)
-    for begin in range(0, size, BLOCK):
-        block = min(BLOCK, size - begin)
-        base_B, vector_B = base_store[:block], vector_store[:block]
-        if deltas:
-            load(base, base_code, start + begin, base_B)
-        for n in range(clients_N.size):
-            if deltas:
-                load_delta(clients_N[n], codes_N[n], start + begin, base_B, vector_B)
-            else:
-                load(clients_N[n], codes_N[n], start + begin, vector_B)
-            out_B = out_NS[n, begin : begin + block]
-            for s in range(block):
-                out_B[s] = vector_B[s]
-
-
 @compiled_part
 def _mix(state):
     """SplitMix64's output function."""

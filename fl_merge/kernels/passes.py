@@ -252,9 +252,10 @@ class Inputs:
             )
         )
 
-    def vectors(self, on: str, start: int, out_NS: Tensor) -> None:
-        """Write the float32 deltas or weights from `start` on to `out_NS`, (N, S) float64."""
-        self._kernels.vectors(*self._base, self._addresses_N, self._codes_N, on == "deltas", start, out_NS.numpy())
+    def gram(self, on: str, start: int, stop: int, out_NN: Tensor) -> None:
+        """Write the inner products of the float32 deltas or weights of one block to `out_NN`, (N, N) float64."""
+        where = *self._base, self._addresses_N, self._codes_N
+        self._kernels.gram(*where, on == "deltas", start, stop, out_NN.numpy())
 
     def sample(self, starts_R: Array, length: int) -> Array:
         """(N, R * length) uint32: the bits of the deltas' magnitudes in runs of that length."""
@@ -385,7 +386,7 @@ def warm_up(kernels: ModuleType) -> None:
     inputs.combine_elements(
         "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
     )
-    inputs.vectors("deltas", 0, torch.empty(2, 4, dtype=torch.float64))
+    inputs.gram("deltas", 0, 4, torch.empty(2, 2, dtype=torch.float64))
     inputs.sample(np.zeros(1, np.int64), 4)
     inputs.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
     inputs.count(0, 0, 4, 0, 1, 0)

@@ -14,16 +14,12 @@ _GROUP = 64
 """Partial sums that are added to one at a time, so that few of them are kept."""
 
 
-def gram_block(vectors_NS: Tensor) -> Tensor:
-    """Inner products of every pair of vectors.
+LANES, GROUP = 16, 1024
+"""The order of additions within a block: each group of GROUP elements has LANES running sums, one for every LANES-th
+element; these are added by halves, and so are the groups'. The compiled pass has the same order."""
 
-    Args:
-        vectors_NS: (N, S), float64, contiguous; S at most BLOCK.
-
-    Returns:
-        (N, N), float64. What is below the diagonal may differ from what is above it in the last bits.
-    """
-    return vectors_NS @ vectors_NS.T
+_AT_A_TIME = 1 << 17
+"""Running sums that are kept at a time, so that they stay in a core's cache."""
 
 
 def gram_partials(vectors_NS: Tensor) -> Tensor:
@@ -33,13 +29,27 @@ def gram_partials(vectors_NS: Tensor) -> Tensor:
         vectors_NS: (N, S), a floating dtype; S need not be a multiple of BLOCK.
 
     Returns:
-        (blocks, N, N), float64.
+        (blocks, N, N), float64, on the CPU.
     """
     count, numel = vectors_NS.shape
-    partials = [torch.empty(0, count, count, dtype=torch.float64)]
-    for start in range(0, numel, BLOCK):
-        partials.append(gram_block(vectors_NS[:, start : start + BLOCK].double().contiguous()).cpu()[None])
-    return torch.cat(partials)
+    groups = -(-numel // GROUP)
+    padded_NS = torch.nn.functional.pad(vectors_NS.double(), (0, groups * GROUP - numel))
+    steps = padded_NS.view(count, groups, GROUP // LANES, LANES).permute(2, 0, 1, 3).reshape(-1, count, groups * LANES)
+    by_group = torch.empty(groups, count, count, dtype=torch.float64)
+    rows = max(1, _AT_A_TIME // max(1, count * groups * LANES))
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        # Products are rounded before they are added: see `combine.weighted_sum`.
+        sums = steps[0, start:stop, None] * steps[0, None]
+        products = torch.empty_like(sums)
+        for step in steps[1:]:
+            sums += torch.mul(step[start:stop, None], step[None], out=products)
+        sums = sums.view(stop - start, count, groups, LANES)
+        while sums.shape[-1] > 1:
+            sums = sums[..., : sums.shape[-1] // 2] + sums[..., sums.shape[-1] // 2 :]
+        by_group[:, start:stop] = sums[..., 0].permute(2, 0, 1).cpu()
+    starts = range(0, groups, BLOCK // GROUP)
+    return torch.stack([added_by_halves(by_group[start : start + BLOCK // GROUP]) for start in starts])
 
 
 def gram_of_lines(vectors_NRC: Tensor, along: str) -> Tensor:
