@@ -152,8 +152,9 @@ def merge_rows(
 
 
 def methods_of(models: int) -> list[str]:
-    """The methods that merge whole models, and so many of them."""
-    return [name for name, entry in METHODS.items() if entry.merges == "models" and models in build(name).clients]
+    """The methods that merge so many whole models, and need nothing beside them."""
+    data_free = [name for name, entry in METHODS.items() if entry.merges == "models" and not entry.sends]
+    return [name for name in data_free if models in build(name).clients]
 
 
 def kernel_rows(bench: Bench, models: int, dtypes: Sequence[str]) -> list[Row]:
