@@ -92,6 +92,8 @@ class Fillers:
         compiled = self._kernels is not None and serves(output, self._device)
         if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages | Elements):
             compiled = False
+        # What is kept of whole rows is written down for each piece: a small one stays in the cache.
+        compiled = compiled and not (isinstance(output.compute, Coordinate) and output.compute.rows)
         step, block = self._piece if compiled else self._step, self._block(output)
         return math.ceil(step / block) * block
 
@@ -271,20 +273,20 @@ class Fillers:
         arguments: dict[str, Any] = {}
         if stages.election is not None and bool((weights_N < 0).any()):
             return None
-        if isinstance(prune, KeepRanked):
-            return None
         if isinstance(prune, KeepLargest | KeepMiddle):
             cutoffs = [_rounded(cut_N2, scope_start) for cut_N2 in torch.split(survey_NK, 2, dim=1)]
             arguments = {"cutoffs_N2": cutoffs[-1], "upper_N2": cutoffs[0] if len(cutoffs) > 1 else None}
-        if isinstance(prune, KeepRandom):
+        ranked: dict[str, Any] | None = None
+        if isinstance(prune, KeepRandom | KeepRanked):
             spec = self._spec_for(output)
-            density_N = prune.densities(spec)
-            divisor_N = density_N if prune.rescale is True else [1.0] * len(density_N)
-            if prune.rescale == "l1":
-                divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist()
-            keys_N = draw_keys(spec, output.tensor)
-            arguments = {"keys_N": keys_N, "density_N": density_N, "divisor_N": divisor_N}
-        return CompiledStages(output, dtype, native, stages, weights_N, arguments)
+            chances: dict[str, Any] = {"keys_N": draw_keys(spec, output.tensor), "density_N": prune.densities(spec)}
+            divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist() if prune.rescale == "l1" else None
+            if isinstance(prune, KeepRanked):
+                fixed = divisor_N if prune.rescale is not False else [1.0] * native.clients
+                ranked = {**chances, "row": row_length(output.spec), "epsilon": prune.epsilon, "divisor_N": fixed}
+            else:
+                arguments = {**chances, "divisor_N": chances["density_N"] if prune.rescale is True else divisor_N}
+        return CompiledStages(output, dtype, native, stages, weights_N, arguments, ranked)
 
     def _survey(self, compute: Coordinate, client_ids: Sequence[str], scope: list[Versions], mapped: Mapped) -> Tensor:
         """(N, K): what the survey says of each client's delta of the tensors in scope."""

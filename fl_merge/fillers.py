@@ -116,6 +116,7 @@ class CompiledStages(Filler):
         native: where the inputs are.
         stages, weights_N: what to do.
         prune: how each delta is pruned, as `Inputs.prune_combine` takes it.
+        ranked: how it is pruned before that, as `Inputs.keep_ranked` takes it.
     """
 
     def __init__(
@@ -126,9 +127,11 @@ class CompiledStages(Filler):
         stages: Stages,
         weights_N: Tensor,
         prune: Mapping[str, Any],
+        ranked: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(output, dtype)
         self._native = native
+        self._ranked = ranked
         self._counting = threading.Lock()
         self._tally = 0
         self._draws: dict[tuple[int, int], Draws] = {}
@@ -148,7 +151,8 @@ class CompiledStages(Filler):
                 self._draws[start, stop] = draws
 
     def _merge(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
-        bits, draws = self._native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
+        native = self._native if self._ranked is None else self._native.keep_ranked(start, stop, **self._ranked)
+        bits, draws = native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
         self._require(bits)
         return draws
 

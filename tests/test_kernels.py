@@ -23,6 +23,8 @@ from fl_merge.methods import (
     consensus,
     dare_linear,
     dare_ties,
+    della,
+    della_linear,
     emr,
     fedgma,
     magmax,
@@ -91,6 +93,9 @@ METHODS_AND_SETTINGS = [
     consensus(scale=0.7, threshold=0.6),
     consensus(normalize=True, at_least=1),
     fedgma(threshold=0.6, scale=1.3),
+    della(density=0.4, epsilon=0.6),
+    della_linear(density={"0": 0.3, "1": 0.7, "2": 0.5, "3": 1.0, "4": 0.4}, rescale="l1"),
+    della(density=0.6, rescale=False, normalize=False),
     breadcrumbs(density=0.3, gamma=0.05),
     breadcrumbs(density=0.3, gamma=0.000001),
     breadcrumbs_ties(density={"0": 0.1, "1": 0.9, "2": 0.5, "3": 1.0, "4": 0.2}, gamma=0.1),
@@ -445,3 +450,14 @@ def test_inner_products_are_added_in_the_order_of_their_definition(size, count, 
     Inputs(compiled, base["a"], [update["a"] for update in updates]).gram(on, 0, size, found_NN)
     vectors_NS = torch.stack([update["a"].float() - (base["a"].float() if on == "deltas" else 0) for update in updates])
     assert torch.equal(found_NN, gram_partials(vectors_NS)[0])
+
+
+@pytest.mark.parametrize(
+    "shape", [(7, 1), (5, 2), (9, 47), (9, 48), (9, 49), (3, 5001), (1, 40_000), (6, 3, 5, 5), (301,)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_ranks_within_rows_of_any_length(shape, dtype, coarse):
+    base, updates = models(dtype, {"a": shape}, 3, coarse)
+    defined, compiled = both(lambda: merge(della(density=0.5, epsilon=0.9), base, updates, seed=4))
+    assert defined == compiled

@@ -39,7 +39,12 @@ BLOCK = 512
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3
 
+DELTA32 = 4
+"""What `load_delta` is to load is a delta already, in float32."""
+
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 # --- what numba does not have ----------------------------------------------------------------------------------------
@@ -117,7 +122,11 @@ def load(address, code, start, out_B):
 def load_delta(address, code, start, base_B, out_B):
     """A client's elements minus the base's, in float32."""
     size = out_B.size
-    if code == FLOAT32:
+    if code == DELTA32:
+        given_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = given_B[s]
+    elif code == FLOAT32:
         float_B = carray(pointer(address + 4 * start), (size,), np.float32)
         for s in range(size):
             out_B[s] = float_B[s] - base_B[s]
@@ -202,3 +211,22 @@ def store(values_B, address, code, start):
         for s in range(size):
             half_B[s] = to_float16(values_B[s])
     return largest
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+@compiled_part
+def _mix(state):
+    """SplitMix64's output function."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@compiled_part
+def uniform_words(key, first_pair, draws_H):
+    """The draws from element 2 * first_pair on, two of 32 bits in each."""
+    first = key + np.uint64(first_pair + 1) * _GAMMA
+    for h in range(draws_H.size):
+        draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)

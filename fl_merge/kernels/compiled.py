@@ -11,12 +11,14 @@ from fl_merge.kernels.counting import (
 from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
 from fl_merge.kernels.merging import prune_combine, uniform, weighted_sum
+from fl_merge.kernels.ranking import keep_ranked
 
 __all__ = [
     "BLOCK",
     "combine_elements",
     "count_magnitudes",
     "gram",
+    "keep_ranked",
     "largest_magnitude",
     "magnitudes_between",
     "nth_equal",

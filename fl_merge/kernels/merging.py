@@ -20,12 +20,12 @@ from fl_merge.kernels.blocks import (
     load_delta,
     load_double,
     store,
+    uniform_words,
 )
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE = 1, 2, 3
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
@@ -55,14 +55,6 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
 
 
 @compiled_part
-def _mix(state):
-    """SplitMix64's output function."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-@compiled_part
 def _keep_random(delta_B, key, start, limit, divisor, draws_H):
     """Keep an element if its draw, an integer of 32 bits, is at most the limit; divide what is kept.
 
@@ -70,9 +62,7 @@ def _keep_random(delta_B, key, start, limit, divisor, draws_H):
         start: even.
         draws_H: (H,) uint64 scratch; each holds the draws of two elements.
     """
-    first = key + np.uint64(start // 2 + 1) * _GAMMA
-    for h in range((delta_B.size + 1) // 2):
-        draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)
+    uniform_words(key, start // 2, draws_H[: (delta_B.size + 1) // 2])
     words_B = draws_H.view(np.uint32)
     if divisor == _ONE:
         for s in range(delta_B.size):
@@ -304,9 +294,7 @@ def prune_combine(
 def uniform(key, start, out_S):
     """The draws of `ops.draws` from an even element on, in [0, 1)."""
     draws_H = np.empty((out_S.size + 1) // 2, np.uint64)
-    first = key + np.uint64(start // 2 + 1) * _GAMMA
-    for h in range(draws_H.size):
-        draws_H[h] = _mix(first + np.uint64(h) * _GAMMA)
+    uniform_words(key, start // 2, draws_H)
     words_S = draws_H.view(np.uint32)
     for s in range(out_S.size):
         out_S[s] = np.float64(words_S[s]) * 2.0**-32

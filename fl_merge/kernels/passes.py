@@ -28,6 +28,8 @@ ROOM = 1 << 15
 BINS = 1 << 14
 """How many bins `count` tells apart."""
 
+_DELTA32 = 4
+
 KINDS = {
     "median": 1,
     "trimmed_mean": 2,
@@ -102,7 +104,7 @@ class Inputs:
             if tensor_S.numel() != base_S.numel():
                 raise ValueError(f"{tensor_S.numel()} elements, wanted the base's {base_S.numel()}")
         self._kernels = kernels
-        self._kept = (base_S, *clients)
+        self._kept: tuple[Tensor, ...] = (base_S, *clients)
         self.numel = base_S.numel()
         self._base = (base_S.data_ptr(), CODES[base_S.dtype])
         self._addresses_N = np.array([client_S.data_ptr() for client_S in clients], dtype=np.int64)
@@ -208,6 +210,49 @@ class Inputs:
         noted = min(int(draws), room)
         places_M, otherwise_M = places_M[:noted].copy(), otherwise_M[:noted].copy()
         return int(largest), Draws(int(tally), int(draws), int(largest_drawn), places_M, otherwise_M)
+
+    def keep_ranked(
+        self,
+        start: int,
+        stop: int,
+        *,
+        row: int,
+        keys_N: Sequence[int],
+        density_N: Sequence[float],
+        epsilon: float,
+        divisor_N: Sequence[float] | None,
+    ) -> Self:
+        """The same inputs with what is kept of each delta in place of the clients, for the elements from start to stop.
+
+        Args:
+            start, stop: of whole rows.
+            row: how many elements a row has.
+            keys_N: of the draws of each client.
+            density_N, epsilon: as `ops.sparsify.rank_chances`.
+            divisor_N: what is kept is divided by; None for each element's own chance.
+        """
+        kept_NS = np.empty((self.clients, stop - start), np.float32)
+        for client in range(self.clients):
+            density = density_N[client]
+            self._kernels.keep_ranked(
+                *self._base,
+                self._addresses_N[client],
+                self._codes_N[client],
+                start,
+                stop,
+                row,
+                np.uint64(keys_N[client]),
+                density + epsilon / 2,
+                epsilon if density < 1 else -1.0,
+                divisor_N is None,
+                np.float32(1.0 if divisor_N is None else divisor_N[client]),
+                kept_NS[client],
+            )
+        kept = self.some(range(self.clients))
+        kept._kept = (*self._kept, torch.from_numpy(kept_NS))
+        kept._addresses_N = np.array([kept_S.ctypes.data - 4 * start for kept_S in kept_NS], dtype=np.int64)
+        kept._codes_N = np.full(self.clients, _DELTA32, dtype=np.int64)
+        return kept
 
     def combine_elements(
         self,
@@ -387,6 +432,7 @@ def warm_up(kernels: ModuleType) -> None:
         "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
     )
     inputs.gram("deltas", 0, 4, torch.empty(2, 2, dtype=torch.float64))
+    inputs.keep_ranked(0, 4, row=4, keys_N=[1, 2], density_N=[0.5, 0.5], epsilon=0.1, divisor_N=None)
     inputs.sample(np.zeros(1, np.int64), 4)
     inputs.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
     inputs.count(0, 0, 4, 0, 1, 0)
