@@ -62,8 +62,8 @@ AGREE = {  # where both define the same, and what is not the same all the same
     "ties": "other elements among equally large ones; elements whose sum is 0",
 }
 NOT_COMPARED = (
-    "dare_linear and dare_ties are not compared: the draws are others, and mergekit rescales what is kept to the L1 "
-    "norm of the delta, not by 1 / density."
+    "DARE's and DELLA's methods are not compared: the draws are others, and mergekit rescales what is kept to the L1 "
+    "norm of the delta, not by 1 / density. Nor are breadcrumbs', which run with mergekit's gamma there."
 )
 
 console = Console(stderr=True, highlight=False)

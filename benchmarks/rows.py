@@ -21,7 +21,13 @@ MERGEKIT_METHODS = {  # ours, and theirs
     "ties": "ties",
     "dare_linear": "dare_linear",
     "dare_ties": "dare_ties",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs_ties",
+    "della": "della",
+    "della_linear": "della_linear",
 }
+NOT_THE_SAME = ("dare", "della", "breadcrumbs")
+"""How methods begin whose results differ from mergekit's: draws, defaults."""
 FLOWER_ROBUST: dict[str, tuple[dict[str, Any], str]] = {
     # Flower's strategy, its settings, and the method of ours that does the same, where there is one
     "FedMedian": ({}, "median"),
@@ -135,7 +141,7 @@ def merge_rows(
             for count, label, limit in cases:
                 job = common | {"kind": "merge", "memory": memory, "method": method, "models": count}
                 theirs = MERGEKIT_METHODS.get(method) if mergekit and (method != "slerp" or count == 2) else None
-                compared = not memory and theirs is not None and not method.startswith("dare")
+                compared = not memory and theirs is not None and not method.startswith(NOT_THE_SAME)
                 if compared:
                     job |= {"out": str(bench.folder / f"{method}-ours"), "keep": True}
                 rows.append(Row(label, job, floor=limit))

@@ -62,6 +62,8 @@ def of_files(results: Mapping[str, Measured], models: int, dtype: str) -> list[L
         (2.5, ("weighted_average", "task_arithmetic", "slerp")),
         (4.0, ("ties", "dare_linear", "dare_ties", "karcher", "model_stock")),
         (5.0, ("nuslerp", "multislerp", "krum", "multi_krum", "geometric_median", "centered_clipping")),
+        (5.0, ("median", "trimmed_mean", "bulyan", "magmax", "emr", "consensus", "fedgma", "sce", "pcb")),
+        (6.0, ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear")),
     ):
         for method in methods:
             mine = results.get(f"files: {method}")

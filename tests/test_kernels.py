@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fl_merge import METHODS, build, kernels, merge
 from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
-from fl_merge.kernels.passes import Inputs, largest_magnitude, sorting_network
+from fl_merge.kernels.networks import sorting_network
+from fl_merge.kernels.passes import Inputs, largest_magnitude
 from fl_merge.methods import (
     breadcrumbs,
     breadcrumbs_ties,

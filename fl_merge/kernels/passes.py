@@ -5,7 +5,6 @@ Suffixes: N clients, S the elements of a tensor or of a piece of it, K bins.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+
+from fl_merge.kernels.networks import sorting_network
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The dtypes that are read natively, with the numbers by which `compiled` knows them."""
@@ -362,26 +363,6 @@ class Inputs:
         """The index of the nth delta of one client from start to stop whose magnitude has these bits."""
         address, code = self._addresses_N[client], self._codes_N[client]
         return int(self._kernels.nth_equal(*self._base, address, code, start, stop, np.uint32(wanted), nth))
-
-
-@functools.cache
-def sorting_network(count: int) -> Array:
-    """(P, 2) int64: pairs of places; putting the smaller value of each pair first, in order, sorts `count` values.
-
-    Batcher's odd-even merge sort (1968), for any number of values.
-    """
-    pairs = []
-    width = 1
-    while width < count:
-        step = width
-        while step:
-            for first in range(step % width, count - step, 2 * step):
-                for at in range(first, min(first + step, count - step)):
-                    if at // (2 * width) == (at + step) // (2 * width):
-                        pairs.append((at, at + step))
-            step //= 2
-        width *= 2
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:
