@@ -90,9 +90,7 @@ def test_numbers_as_people_write_them(load, text, number):
 
 @pytest.mark.parametrize("text", ["1e5x", "e5", "1e", "0x1e5g"])
 def test_text_that_only_looks_like_a_number_stays_text(load, text):
-    with pytest.raises(
-        RecipeError, match=rf"parameter 'density' of ties: found '{text}', wanted a number in \(0, 1\]$"
-    ):
+    with pytest.raises(RecipeError, match=rf"parameter 'density' of ties: found '{text}', wanted a number in \(0, 1\]"):
         load(f"merge_method: ties\nparameters: {{density: {text}}}")
 
 
@@ -157,19 +155,19 @@ def test_a_built_method_can_be_written_as_a_recipe(load):
         ),
         (
             "merge_method: ties\nparameters: {density: 2}",
-            "parameter 'density' of ties: found 2, wanted a number in (0, 1]",
+            "parameter 'density' of ties: found 2, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: 0}",
-            "parameter 'density' of ties: found 0, wanted a number in (0, 1]",
+            "parameter 'density' of ties: found 0, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: true}",
-            "parameter 'density' of ties: found True, wanted a number in (0, 1]",
+            "parameter 'density' of ties: found True, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: [0.1, 0.2]}",
-            "parameter 'density' of ties: found [0.1, 0.2], wanted a number in (0, 1]",
+            "parameter 'density' of ties: found [0.1, 0.2], wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {scale: .nan}",
@@ -363,7 +361,7 @@ def test_a_recipe_file_takes_the_place_of_the_other_keys(tmp_path):
         ({"merge-method": 3}, "merge_method: found 3, wanted the name of a method"),
         (
             {"merge-method": "ties", "parameters.density": 2},
-            "parameter 'density' of ties: found 2, wanted a number in (0, 1]",
+            "parameter 'density' of ties: found 2, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
         ),
         (
             {"merge-method": "ties", "parameters.densty": 0.2},
