@@ -1,7 +1,9 @@
 """The Flower apps of the language clients, and whole federations in process with a tiny model."""
 
+import peft
 import pytest
 import torch
+import transformers
 from flwr.app import ConfigRecord, RecordDict
 
 from fl_merge.flower.apps import LoadedApp, run_app
@@ -9,7 +11,7 @@ from fl_merge.flower.client import receive
 from fl_merge.flower.inprocess import FIRST_NODE_ID, InProcessGrid
 from fl_merge.flower.records import to_record
 from fl_merge.store import load
-from language_clients import base, client_app, corpus, local, lora, server_app
+from language_clients import base, client_app, corpus, local, lora, server_app, weights
 from language_clients.settings import Settings
 
 
@@ -50,7 +52,7 @@ def test_training_sends_what_training_gives_in_bfloat16(config, adapters):
     settings, state = Settings.read(config), server_app.initial(config)
     reply, metrics = answer("train", state, config)
     own = corpus.client(1, 4, train_bytes=20_000)
-    here = local.rebuilt(settings, state, rank=settings.rank(1), alpha=settings.alpha(1))
+    here = local.with_adapter(settings, 4, 16.0, state) if adapters else local.with_weights(settings, state)
     here.finetune(own.train, (0, 1, 1))
     wanted = {name: tensor.to(torch.bfloat16) for name, tensor in here.tensors().items()}
     assert equal(receive(reply), wanted)
@@ -59,7 +61,7 @@ def test_training_sends_what_training_gives_in_bfloat16(config, adapters):
     assert metrics["partition-id"] == 1
     if adapters:
         assert (metrics["lora-rank"], metrics["lora-alpha"]) == (4, 16.0)
-        assert metrics["lora-scalings"] == [4.0] * 14
+        assert metrics["lora-scalings"] == 4.0
         assert lora.rank_of(receive(reply)) == 4
     again, _ = answer("train", state, config)
     assert equal(receive(again), wanted)
@@ -70,7 +72,7 @@ def test_training_sends_what_training_gives_in_bfloat16(config, adapters):
 def test_evaluation_is_on_the_clients_own_test_documents(config):
     settings, state = Settings.read(config), server_app.initial(config)
     reply, metrics = answer("evaluate", state, config, partition=3)
-    bits, measured = local.rebuilt(settings, state).bits_per_byte(corpus.client(3, 4).test)
+    bits, measured = local.with_weights(settings, state).bits_per_byte(corpus.client(3, 4).test)
     assert metrics["bits-per-byte"] == pytest.approx(bits)
     assert metrics["num-examples"] == int(measured)
     assert not reply.content.array_records
@@ -116,6 +118,84 @@ def test_two_rounds_with_adapters_of_one_rank_lower_the_mean(config, tmp_path):
     assert server_app.evaluate(config, 2, adapter)["bits-per-byte"] < before["bits-per-byte"]
 
 
+MIXED = {"adapter-rank": "2,4,8", "adapter-alpha": "4,16,8", "local-steps": 8, "seed": 1}
+
+
+@pytest.mark.parametrize("method", ["lora_svd", "lora_stack"])
+def test_adapters_of_different_ranks_are_merged_by_their_products(config, tmp_path, method):
+    config = config | MIXED | {"merge-method": method}
+    before = server_app.evaluate(config, 0, server_app.initial(config))
+    adapter = federation(config, tmp_path / "run")
+    after = server_app.evaluate(config | {"lora-plain": True}, 2, adapter)
+    assert after["bits-per-byte"] < before["bits-per-byte"] - 0.05
+    assert lora.rank_of(adapter) == (8 if method == "lora_svd" else 2 + 4 + 8 + 2)
+
+    settings = Settings.read(config)
+    lora.save(adapter, tmp_path / "adapter", base_model=base.folder(settings))
+    model = peft.PeftModel.from_pretrained(base.load(settings), tmp_path / "adapter").eval()
+    loaded = local.Local(model, base.tokenizer(settings), settings)
+    for domain, documents in corpus.validation_documents(1).items():
+        assert loaded.bits_per_byte(documents)[0] == pytest.approx(after[f"bits-per-byte/{domain}"], abs=1e-4)
+    asked = torch.tensor([list(b"import ")])
+    assert model.generate(input_ids=asked, max_new_tokens=5, do_sample=False).shape[1] > 7
+
+
+def test_factors_that_do_not_travel_stay_with_the_client(config):
+    """FedSA: only A is sent, and a client goes on with its own B."""
+    config = config | {"adapter-rank": "4"}
+    state = server_app.initial(config)
+    about = {"lora-share": "A", "lora-trains": "AB", "lora-fitted": False}
+
+    def ask(grid, server_round):
+        settings = ConfigRecord({"server-round": server_round, **about})
+        content = RecordDict({"arrays": to_record(state), "config": settings})
+        message = grid.create_message(content, "train", FIRST_NODE_ID + 1, str(server_round))
+        (reply,) = grid.send_and_receive([message])
+        assert not reply.has_error(), reply.error
+        return receive(reply)
+
+    def grid():
+        return InProcessGrid(client_app.app, 4, workers=0, run_config=config)
+
+    with grid() as one, grid() as another:
+        assert all(name.endswith(lora.A) for name in ask(one, 1))
+        assert not equal(ask(one, 2), ask(another, 2))
+
+
+def test_only_the_factors_of_the_round_are_trained(config):
+    model = local.with_adapter(Settings.read(config | {"adapter-rank": "4"}), 4, 8.0).model
+    for factors in ("A", "B", "AB"):
+        lora.train_only(model, factors)
+        trained = {name.split(".lora_")[1][0] for name, weight in model.named_parameters() if weight.requires_grad}
+        assert trained == set(factors)
+
+
+def test_a_mixture_travels_under_the_names_of_its_checkpoint(config):
+    """As transformers writes them, not as it keeps them; what comes back computes the same."""
+    mixture = transformers.AutoConfig.for_model(
+        "mixtral",
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(mixture).eval()
+    tensors = weights.tensors_of(model)
+    assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in tensors
+    settings, asked = Settings.read(config), torch.arange(20)[None]
+    again = local.with_weights(settings, tensors, mixture)
+    with torch.no_grad():
+        assert torch.equal(again.model(asked).logits, model(asked).logits)
+    assert equal(again.tensors(), tensors)
+    assert equal(weights.tensors_of(weights.model_of(mixture, model.state_dict())), tensors)
+    short = {name: tensor for name, tensor in tensors.items() if "experts.2" not in name}
+    with pytest.raises(ValueError, match="the model that was sent is not the one that the settings name"):
+        weights.model_of(mixture, short)
+
+
 def test_a_model_of_hugging_faces_is_used_by_its_path(config):
     path = base.folder(Settings.read(config))
     named = config | {"model": path}
@@ -127,7 +207,7 @@ def test_a_model_of_hugging_faces_is_used_by_its_path(config):
 
 def test_another_model_than_the_settings_name_is_refused(config):
     with pytest.raises(ValueError, match="the model that was sent is not the one that the settings name"):
-        local.rebuilt(Settings.read(config | {"hidden": 16}), server_app.initial(config))
+        local.with_weights(Settings.read(config | {"hidden": 16}), server_app.initial(config))
 
 
 @pytest.mark.parametrize(

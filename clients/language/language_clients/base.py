@@ -55,6 +55,19 @@ def load(settings: Settings, dtype: torch.dtype | str = torch.float32) -> Any:
         raise _not_found(where, problem) from problem
 
 
+def config(settings: Settings) -> Any:
+    """The base's config, of transformers.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    where = folder(settings)
+    try:
+        return _transformers().AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as problem:
+        raise _not_found(where, problem) from problem
+
+
 def tokenizer(settings: Settings) -> Tokenizer:
     """How the base reads text.
 

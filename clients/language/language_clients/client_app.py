@@ -5,11 +5,16 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_merge.flower.client import receive, reply
-from language_clients import corpus, local
+from fl_merge.exchange import FITTED, SHARE, TRAINS
+from fl_merge.flower.client import receive, receive_adapter, reply
+from fl_merge.flower.records import to_record, to_tensors
+from language_clients import corpus, local, lora
 from language_clients.settings import Settings
 
 app = ClientApp()
+
+KEPT = "lora-kept"
+"""Factors of the adapter that do not travel, in the node's state."""
 
 
 def _own_text(context: Context, settings: Settings) -> tuple[int, corpus.Client]:
@@ -21,8 +26,21 @@ def _own_text(context: Context, settings: Settings) -> tuple[int, corpus.Client]
     return partition, corpus.client(partition, of, seed=settings.seed, train_bytes=settings.train_bytes)
 
 
-def _received(message: Message, settings: Settings, partition: int) -> local.Local:
-    return local.rebuilt(settings, receive(message), rank=settings.rank(partition), alpha=settings.alpha(partition))
+def _received(message: Message, context: Context, settings: Settings, partition: int) -> local.Local:
+    """The global model, or the base with the global adapter in this client's rank and scaling.
+
+    Factors that do not travel (`lora-share`) are the client's own, from its last round.
+    """
+    if not settings.uses_adapters:
+        return local.with_weights(settings, receive(message))
+    rank, alpha = settings.rank(partition), settings.alpha(partition)
+    here = local.with_adapter(settings, rank, alpha)
+    kept = context.state.array_records.get(KEPT)
+    about = message.content["config"]
+    # What a method for adapters sends says whether it is fitted; others average factors in the scaling of the clients.
+    adapter = receive_adapter(message, here.tensors(), alpha / rank) if FITTED in about else receive(message)
+    lora.put(here.model, {**adapter, **(to_tensors(kept) if kept is not None else {})})
+    return here
 
 
 @app.train()
@@ -30,20 +48,20 @@ def train(message: Message, context: Context) -> Message:
     """Finetune for `local-steps`; (seed, round, partition) choose the text of each step, so a rerun sends the same."""
     settings = Settings.read(context.run_config)
     partition, own = _own_text(context, settings)
-    here = _received(message, settings, partition)
-    server_round = int(message.content["config"]["server-round"])
-    loss = here.finetune(own.train, (settings.seed, server_round, partition))
+    here = _received(message, context, settings, partition)
+    about = message.content["config"]
+    if settings.uses_adapters:
+        lora.train_only(here.model, str(about.get(TRAINS, "AB")))
+    loss = here.finetune(own.train, (settings.seed, int(about["server-round"]), partition))
     bits, _ = here.bits_per_byte(own.validation)
-    metrics: dict[str, float | int | list[float]] = {
-        "train-loss": loss,
-        "bits-per-byte": bits,
-        "partition-id": partition,
-    }
+    metrics: dict[str, float | int] = {"train-loss": loss, "bits-per-byte": bits, "partition-id": partition}
     tensors = here.tensors()
     if settings.uses_adapters:
         rank, alpha = settings.rank(partition), settings.alpha(partition)
-        modules = sum(name.endswith(".lora_A.weight") for name in tensors)
-        metrics |= {"lora-rank": rank, "lora-alpha": alpha, "lora-scalings": [alpha / rank] * modules}
+        metrics |= {"lora-rank": rank, "lora-alpha": alpha, "lora-scalings": alpha / rank}
+        everything, tensors = tensors, lora.shared(tensors, str(about.get(SHARE, "AB")))
+        if len(tensors) < len(everything):
+            context.state[KEPT] = to_record({n: t for n, t in everything.items() if n not in tensors})
     return reply(message, tensors, here.num_sequences(own.train), metrics, dtype=settings.wire_dtype)
 
 
@@ -52,5 +70,5 @@ def evaluate(message: Message, context: Context) -> Message:
     """The global model's bits per byte on this client's held-out test documents, weighted by their bytes."""
     settings = Settings.read(context.run_config)
     partition, own = _own_text(context, settings)
-    bits, measured = _received(message, settings, partition).bits_per_byte(own.test)
+    bits, measured = _received(message, context, settings, partition).bits_per_byte(own.test)
     return reply(message, None, int(measured), {"bits-per-byte": bits, "partition-id": partition})

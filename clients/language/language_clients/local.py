@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from language_clients import base, lora
+from language_clients import base, lora, weights
 from language_clients.corpus import Document
 from language_clients.settings import Settings
 from language_clients.tokens import Tokenizer
@@ -58,29 +58,31 @@ class Local:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is sent: all weights, or the adapter's."""
-        if self.settings.uses_adapters:
-            return lora.take(self.model)
-        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return lora.take(self.model) if self.settings.uses_adapters else weights.tensors_of(self.model)
 
 
-def rebuilt(settings: Settings, tensors: Mapping[str, Tensor], *, rank: int = 0, alpha: float = 0.0) -> Local:
-    """The model with these weights, or the base with this adapter.
+def with_weights(settings: Settings, tensors: Mapping[str, Tensor], config: Any = None) -> Local:
+    """The model with these weights.
 
     Args:
         settings: of the run.
-        tensors: all weights, or an adapter of any rank.
-        rank, alpha: of the adapter that the model gets; 0 where all weights are trained.
+        tensors: all weights.
+        config: of transformers; by default that of the base.
 
     Raises:
-        ValueError: if the tensors do not fit the model that the settings name.
+        ValueError: if the tensors do not fit the model.
     """
-    model = base.load(settings)
-    if settings.uses_adapters:
-        model = lora.wrap(model, rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed)
-        lora.put(model, tensors)
-    else:
-        try:
-            model.load_state_dict(dict(tensors))
-        except RuntimeError as problem:
-            raise ValueError(f"the model that was sent is not the one that the settings name: {problem}") from problem
+    found = base.config(settings) if config is None else config
+    return Local(weights.model_of(found, tensors), base.tokenizer(settings), settings)
+
+
+def with_adapter(settings: Settings, rank: int, alpha: float, adapter: Mapping[str, Tensor] | None = None) -> Local:
+    """The base with an adapter of this rank and alpha: an untrained one, or what was received (see `lora.put`).
+
+    Raises:
+        ValueError: if the adapter does not fit the base.
+    """
+    model = lora.wrap(base.load(settings), rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed)
+    if adapter is not None:
+        lora.put(model, adapter)
     return Local(model, base.tokenizer(settings), settings)

@@ -7,6 +7,7 @@ and `.lora_B.weight` (out, rank).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +96,55 @@ def fitted(adapter: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
             theirs = torch.cat([theirs.narrow(dim, 0, kept), rest if dim == 0 else torch.zeros_like(rest)], dim)
         result[name] = theirs.contiguous()
     return result
+
+
+def train_only(model: Any, factors: str) -> None:
+    """Let only some factors of the adapter ask for gradients.
+
+    Args:
+        model: with an adapter.
+        factors: "A", "B" or "AB".
+    """
+    for name, weight in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            weight.requires_grad_((".lora_A." in name and "A" in factors) or (".lora_B." in name and "B" in factors))
+
+
+def shared(adapter: Mapping[str, Tensor], factors: str) -> dict[str, Tensor]:
+    """The part of an adapter that travels: "A", "B" or "AB"."""
+    left_out = {"A": B, "B": A}.get(factors)
+    return {name: tensor for name, tensor in adapter.items() if left_out is None or not name.endswith(left_out)}
+
+
+def save(adapter: Mapping[str, Tensor], folder: str | Path, *, base_model: str, scaling: float = 1.0) -> None:
+    """Write an adapter so that `PeftModel.from_pretrained(model, folder)` loads it.
+
+    Args:
+        adapter: its tensors; ranks may differ from module to module.
+        folder: made if it is not there.
+        base_model: name or path of the base, for the config.
+        scaling: alpha / rank; 1 for the plain factors that methods for adapters make.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    modules = [name.removesuffix(A).removeprefix("base_model.model.") for name in adapter if name.endswith(A)]
+    ranks = {module: adapter[f"base_model.model.{module}{A}"].shape[0] for module in modules}
+    largest = rank_of(adapter)
+    others = {module: rank for module, rank in ranks.items() if rank != largest}
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=largest * scaling,
+        rank_pattern=others,
+        alpha_pattern={module: rank * scaling for module, rank in others.items()},
+        target_modules=sorted({module.rpartition(".")[2] for module in modules}),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
 
 
 def rank_of(adapter: Mapping[str, Tensor]) -> int:

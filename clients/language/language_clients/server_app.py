@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fl_merge.exchange import PLAIN
 from fl_merge.flower.server_app import make_server_app
-from language_clients import base, corpus, local, lora
+from language_clients import base, corpus, local, lora, weights
 from language_clients.settings import Settings
 
 
@@ -15,13 +16,9 @@ def initial(run_config: Mapping[str, object]) -> dict[str, Tensor]:
     """What round 1 starts from: the base's weights in its own dtype, or an untrained adapter of the largest rank."""
     settings = Settings.read(run_config)
     if not settings.uses_adapters:
-        return {name: tensor.detach() for name, tensor in base.load(settings, "auto").state_dict().items()}
+        return weights.tensors_of(base.load(settings, "auto"))
     rank = max(settings.adapter_ranks)
-    alpha = settings.alpha(settings.adapter_ranks.index(rank))
-    wrapped = lora.wrap(
-        base.load(settings), rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed
-    )
-    return lora.take(wrapped)
+    return local.with_adapter(settings, rank, settings.alpha(settings.adapter_ranks.index(rank))).tensors()
 
 
 def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping[str, Tensor]) -> dict[str, float]:
@@ -32,8 +29,7 @@ def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping
         `bits-per-byte`, and the largest of them `worst`.
     """
     settings = Settings.read(run_config)
-    rank = lora.rank_of(state) if settings.uses_adapters else 0
-    here = local.rebuilt(settings, state, rank=rank, alpha=settings.alpha(0) / settings.rank(0) * rank if rank else 0.0)
+    here = _adapted(settings, run_config, state) if settings.uses_adapters else local.with_weights(settings, state)
     bits = {
         domain: here.bits_per_byte(documents)[0]
         for domain, documents in corpus.validation_documents(settings.seed).items()
@@ -44,6 +40,13 @@ def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping
         "worst": max(private),
         **{f"bits-per-byte/{domain}": value for domain, value in bits.items()},
     }
+
+
+def _adapted(settings: Settings, run_config: Mapping[str, object], adapter: Mapping[str, Tensor]) -> local.Local:
+    """The base with the global adapter: plain factors of methods for adapters, else in the scaling of the clients."""
+    rank = lora.rank_of(adapter)
+    scaling = 1.0 if run_config.get(PLAIN) else settings.alpha(0) / settings.rank(0)
+    return local.with_adapter(settings, rank, scaling * rank, adapter)
 
 
 app = make_server_app(initial=initial, evaluate=evaluate)
