@@ -112,6 +112,7 @@ MAY_IMPORT = {
     "architectures": set(),
     "offline": {
         "__init__",
+        "adapters",
         "architectures",
         "check",
         "errors",

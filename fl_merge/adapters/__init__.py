@@ -1,8 +1,19 @@
 """LoRA adapters in and out, in PEFT's format, and their merge, without the model that they belong to."""
 
 from fl_merge.adapters.config import AdapterConfig
+from fl_merge.adapters.folder import TENSORS as ADAPTER_FILE
 from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter
-from fl_merge.adapters.folding import fold
+from fl_merge.adapters.folding import FoldedSource, fold
 from fl_merge.adapters.merging import MergedAdapter, merge_adapters
 
-__all__ = ["Adapter", "AdapterConfig", "MergedAdapter", "fold", "is_adapter", "load_adapter", "merge_adapters"]
+__all__ = [
+    "ADAPTER_FILE",
+    "Adapter",
+    "AdapterConfig",
+    "FoldedSource",
+    "MergedAdapter",
+    "fold",
+    "is_adapter",
+    "load_adapter",
+    "merge_adapters",
+]

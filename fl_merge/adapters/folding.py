@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fl_merge.types import (
     CohortSpec,
     Output,
     Read,
+    TensorSource,
     TensorSpec,
     Update,
     Whole,
@@ -94,6 +95,45 @@ def refuse_quantised(specs: Mapping[str, TensorSpec], base: Path) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where an adapter belongs in a model.
+
+    Args:
+        products: by the name of a weight, the pair of factors, and whether the weight is stored the other way round.
+        whole: by the name of a tensor, that of the adapter which takes its place (modules_to_save, biases).
+    """
+
+    products: Mapping[str, tuple[Pair, bool]]
+    whole: Mapping[str, str]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec], config: AdapterConfig) -> _Places:
+        """Of an adapter with these plain tensors in a model with those.
+
+        Raises:
+            RecipeError: if the model has no such weight, or one of another shape.
+        """
+        pairs, others = pairs_of(theirs)
+        products, whole = {}, {}
+        for pair in pairs.values():
+            if pair.module.endswith("]"):
+                raise RecipeError(
+                    f"module '{pair.module}': fused experts cannot be folded without the model's code, which says how "
+                    "they lie in memory; carry the adapter, or merge_and_unload() it with PEFT"
+                )
+            name = _found(tensors, pair.module.removeprefix(PREFIX) + ".weight", pair.module)
+            products[name] = pair, _turned(config, pair, name, tensors[name])
+        for other in others:
+            name = _found(tensors, other.removeprefix(PREFIX).replace(".base_layer.", "."), other)
+            if theirs[other].shape != tensors[name].shape:
+                raise RecipeError(
+                    f"tensor '{name}': shape {tensors[name].shape}, the adapter has {theirs[other].shape}"
+                )
+            whole[name] = other
+        return cls(products, whole)
+
+
 class _Fold:
     """The plan: each weight that has an adapter with its products added, all others as they are."""
 
@@ -102,58 +142,75 @@ class _Fold:
         self._dtype = dtype
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
-        wanted: dict[str, list[tuple[int, Pair]]] = {}
-        saved: dict[str, tuple[int, str]] = {}
-        for at, theirs in enumerate(spec.clients_N):
-            pairs, others = pairs_of(theirs)
-            for pair in pairs.values():
-                if pair.module.endswith("]"):
-                    raise RecipeError(
-                        f"module '{pair.module}': fused experts cannot be folded without the model's code, which says "
-                        "how they lie in memory; carry the adapter, or merge_and_unload() it with PEFT"
-                    )
-                wanted.setdefault(self._weight(spec.tensors, pair.module), []).append((at, pair))
-            for name in others:
-                plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-                saved[_found(spec.tensors, plain, name)] = (at, name)
+        each = [
+            _Places.of(spec.tensors, theirs, config)
+            for theirs, config in zip(spec.clients_N, self._configs, strict=True)
+        ]
         for name, tensor in spec.tensors.items():
             target = tensor if self._dtype is None else TensorSpec(tensor.shape, self._dtype)
-            if name in wanted:
-                reads = [Read(BASE, name)]
-                turned = []
-                for at, pair in wanted[name]:
-                    reads += [Read(at, pair.a), Read(at, pair.b)]
-                    turned.append(self._turned(self._configs[at], pair, name, tensor))
-                yield Output(name, target, tuple(reads), Whole(_adder(turned)))
-            elif name in saved:
-                at, other = saved[name]
-                if spec.clients_N[at][other].shape != tensor.shape:
-                    raise RecipeError(
-                        f"tensor '{name}': shape {tensor.shape}, the adapter has {spec.clients_N[at][other].shape}"
-                    )
-                yield Output(name, target, (Read(at, other),), Whole(lambda each: each.to(compute_dtype(each.dtype))))
+            added = [(at, *places.products[name]) for at, places in enumerate(each) if name in places.products]
+            whole = [(at, places.whole[name]) for at, places in enumerate(each) if name in places.whole]
+            start = Read(*whole[-1]) if whole else Read(BASE, name)
+            if added:
+                reads = [Read(at, factor) for at, pair, _ in added for factor in (pair.a, pair.b)]
+                yield Output(name, target, (start, *reads), Whole(_adder([turned for _, _, turned in added])))
+            elif whole:
+                yield Output(name, target, (start,), Whole(lambda each: each.to(compute_dtype(each.dtype))))
             else:
-                yield Output(name, tensor, (Read(BASE, name),), Copy())
+                yield Output(name, tensor, (start,), Copy())
 
-    @staticmethod
-    def _weight(tensors: Mapping[str, TensorSpec], module: str) -> str:
-        return _found(tensors, module.removeprefix(PREFIX) + ".weight", module)
 
-    @staticmethod
-    def _turned(config: AdapterConfig, pair: Pair, name: str, tensor: TensorSpec) -> bool:
-        """Whether the weight is stored the other way round: an embedding, or a Conv1D of GPT-2."""
+class FoldedSource:
+    """A model with an adapter on it, folded in when a tensor is read, in the model's dtype.
+
+    Args:
+        base: the model's tensors.
+        adapter: that belongs to it.
+        where: the model's folder or file, for messages.
+
+    Raises:
+        RecipeError: as `fold`.
+    """
+
+    def __init__(self, base: TensorSource, adapter: Adapter, where: Path) -> None:
+        refuse_quantised(base.specs(), where)
+        self._base, self._adapter = base, adapter
+        self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """As the model's."""
+        return self._base.specs()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the model, with what the adapter adds to it."""
+        whole = self._places.whole.get(name)
+        base = self._base.read(name) if whole is None else self._adapter.plain.read(whole)
+        dtype = self._base.specs()[name].dtype
+        if name not in self._places.products:
+            return base.to(dtype)
+        pair, turned = self._places.products[name]
+        return _adder([turned])(base, self._adapter.plain.read(pair.a), self._adapter.plain.read(pair.b)).to(dtype)
+
+    def aliases(self) -> Mapping[str, str]:
+        """As the model's."""
+        return self._base.aliases()
+
+
+def _turned(config: AdapterConfig, pair: Pair, name: str, tensor: TensorSpec) -> bool:
+    """Whether a weight is stored the other way round: an embedding's, or that of a Conv1D of GPT-2."""
+    if len(pair.a_spec.shape) > 2:
+        plain: tuple[int, ...] = (pair.outputs, *pair.a_spec.shape[1:])
+        turned = False
+    else:
+        plain = (pair.outputs, pair.inputs)
         turned = pair.a.endswith("lora_embedding_A") or bool(config.raw.get("fan_in_fan_out"))
-        shape: tuple[int, ...] = (pair.inputs, pair.outputs) if turned else (pair.outputs, pair.inputs)
-        if len(pair.a_spec.shape) > 2:
-            turned, shape = False, (pair.outputs, *pair.a_spec.shape[1:])
-        if tensor.shape != shape and not turned and tensor.shape == shape[::-1]:
-            # PEFT corrects the setting of a Conv1D when it loads an adapter, and saves it as it was given.
-            return True
-        if tensor.shape != shape and turned and tensor.shape == shape[::-1] and "lora_A" in pair.a:
-            return False
-        if tensor.shape != shape:
-            raise RecipeError(f"tensor '{name}': shape {tensor.shape}, the adapter's product is {shape}")
-        return turned
+        if plain[0] != plain[1] and not pair.a.endswith("lora_embedding_A"):
+            # PEFT corrects fan_in_fan_out by the layer's type when it loads; of a shape that is not square it shows.
+            turned = tensor.shape == plain[::-1]
+    wanted = plain[::-1] if turned else plain
+    if tensor.shape != wanted:
+        raise RecipeError(f"tensor '{name}': shape {tensor.shape}, the adapter's product is {wanted}")
+    return turned
 
 
 def _found(tensors: Mapping[str, TensorSpec], name: str, module: str) -> str:
@@ -164,7 +221,7 @@ def _found(tensors: Mapping[str, TensorSpec], name: str, module: str) -> str:
     raise RecipeError(f"module '{module}': the base has no tensor '{name}'")
 
 
-def _adder(turned: Sequence[bool]) -> Any:
+def _adder(turned: Sequence[bool]) -> Callable[..., Tensor]:
     def added(base: Tensor, *theirs: Tensor) -> Tensor:
         total = base.to(torch.float64)
         for number, turn in enumerate(turned):

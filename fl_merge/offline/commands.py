@@ -21,6 +21,7 @@ from rich.table import Table
 
 import fl_merge
 from fl_merge.errors import RecipeError
+from fl_merge.offline.adapters import merge_recipe, merges_adapters
 from fl_merge.offline.catalogue import ROWS
 from fl_merge.offline.config import OfflineRecipe, Ref, names_models, parse
 from fl_merge.offline.estimate import estimate
@@ -50,6 +51,8 @@ def load(path: Path) -> OfflineRecipe:
     """
     content = read_yaml(path)
     try:
+        if merges_adapters(content):
+            raise RecipeError("it merges adapters, which have no layers to plan: fl-merge merge, fl-merge lora inspect")
         if not names_models(content):
             raise RecipeError("it names no models; wanted models or slices (without them it is a federation's recipe)")
         recipe = parse(content, list(ROWS))
@@ -77,8 +80,20 @@ def merge(
     seed: Annotated[int, typer.Option(help="Of random draws (DARE, DELLA).")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in OUT.")] = False,
 ) -> None:
-    """Merge models in files into a folder that transformers loads."""
+    """Merge models in files into a folder that transformers loads, or adapters into one that PEFT loads."""
     size = _bytes(shard_size)
+    content = read_yaml(recipe)
+    if merges_adapters(content):
+        merged = merge_recipe(content, recipe, folder, seed=seed, threads=threads, force=force)
+        for note in merged.notes:
+            err.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+        modules = len(merged.manifest["modules"])
+        out.print(
+            f"{escape(str(folder))}: an adapter of {modules} modules, relative error {merged.error:.3g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
     plan = planned(recipe)
     require_writable(folder, [model.path for model in plan.models.values()], force=force)
     what = estimate(plan, threads)

@@ -6,15 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fl_merge.adapters import ADAPTER_FILE, FoldedSource, is_adapter, load_adapter
 from fl_merge.architectures import Architecture, architecture_of, depth_of
 from fl_merge.errors import RecipeError, one_line
 from fl_merge.offline.config import Ref
 from fl_merge.store import INDEX_FILE, SINGLE_FILE, SafetensorsSource
+from fl_merge.types import TensorSource
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -43,12 +45,14 @@ class Model:
         path: the folder or the file.
         source: its tensors.
         config: of config.json; None for plain tensors.
+        adapter: the folder of the adapter that is folded into its tensors.
     """
 
     ref: Ref
     path: Path
-    source: SafetensorsSource
+    source: TensorSource
     config: Mapping[str, Any] | None
+    adapter: Path | None = None
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -99,7 +103,7 @@ class Model:
 
     def hashes(self) -> Iterator[tuple[str, str]]:
         """The name of each file and its SHA-256."""
-        for path in self.files():
+        for path in [*self.files(), *([self.adapter / ADAPTER_FILE] if self.adapter is not None else [])]:
             with open(path, "rb") as file:
                 yield path.name, hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -115,19 +119,31 @@ def open_model(ref: Ref, beside: Path | None = None) -> Model:
         RecipeError: if there is no such model, with what was looked for.
         DecodeError: if a file is not what it claims to be.
     """
+    path = _beside(ref.path, beside)
     if ref.lora is not None:
+        bare = open_model(Ref(ref.path, ref.revision), beside)
+        folder = _beside(ref.lora.path, beside)
+        if not folder.exists():
+            folder = _from_hub(ref.lora)
+        return replace(bare, ref=ref, source=FoldedSource(bare.source, load_adapter(folder), bare.path), adapter=folder)
+    if is_adapter(path) and not (path / INDEX_FILE).is_file() and not (path / SINGLE_FILE).is_file():
         raise RecipeError(
-            f"model '{ref}': adapters (+{ref.lora.path}) are not supported here; fold it first: fl-merge lora fold"
+            f"'{ref.path}' is an adapter; name it with its model, as model+{ref.path}, or merge adapters by themselves "
+            "with a method for adapters (merge_method: lora_svd)"
         )
-    path = Path(ref.path).expanduser()
-    if not path.exists() and beside is not None and not path.is_absolute() and (beside / path).exists():
-        path = beside / path
     if not path.exists():
         path = _from_hub(ref)
     elif ref.revision is not None:
         raise RecipeError(f"model '{ref}': '{path}' is on this machine, where there are no revisions; leave it out")
     config = _json(path / "config.json") if path.is_dir() else None
     return Model(ref, path, SafetensorsSource(path), config)
+
+
+def _beside(name: str, beside: Path | None) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists() and beside is not None and not path.is_absolute() and (beside / path).exists():
+        return beside / path
+    return path
 
 
 def _from_hub(ref: Ref) -> Path:

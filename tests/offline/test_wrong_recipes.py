@@ -47,7 +47,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
         ),
         (
             "models: [{model: math+lora}]\nmerge_method: linear\nparameters: {weight: 1}",
-            "adapters (+lora) are not supported",
+            "no such model: 'lora'",
         ),
         # values
         (
