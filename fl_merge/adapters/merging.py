@@ -254,7 +254,7 @@ def _notes(cohort: Cohort, missing: str, relative: float) -> list[str]:
         module = name.removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
         factor = module != name
         how = "counts as zero there" if factor and missing == "zero" else "is left out there"
-        notes.append(f"module '{module}': {who} does not have it and {how}")
+        notes.append(f"module '{module}' is not in {who}: {how}")
     if relative > 1e-6:
         notes.append(f"what was cut off is {relative:.3g} of the norm of the whole")
     return notes
