@@ -100,6 +100,12 @@ class AdapterConfig:
         """Whether parameters (the fused experts of a mixture) are adapted beside modules."""
         return bool(self.raw.get("target_parameters"))
 
+    def parameter_patterns(self) -> list[str]:
+        """The patterns that are for adapted parameters."""
+        parts = {str(name).rpartition(".")[2] for name in self.raw.get("target_parameters") or ()}
+        patterns = {**self.rank_pattern, **self.alpha_pattern}
+        return sorted(pattern for pattern in patterns if any(part in pattern for part in parts))
+
 
 def _key(patterns: Mapping[str, Any], module: str) -> str:
     """The first pattern that a module's name matches: all of it, or its end after a dot; else the name itself."""

@@ -71,9 +71,13 @@ class PlainAdapter:
             raise TensorMismatchError(problem, tensor=pair.a)
         rank, scaling = self.config.rank_of(pair.module), self.config.scaling_of(pair.module)
         experts = pair.rank // rank if self.config.has_parameters and len(pair.a_spec.shape) == 2 else 1
+        if experts > 1 and self.config.parameter_patterns():
+            named = ", ".join(self.config.parameter_patterns())
+            raise TensorMismatchError(
+                f"a pattern for an adapted parameter ({named}): its rank is not known without the model", tensor=pair.a
+            )
         if experts * rank != pair.rank:
-            pattern = " (with target_parameters, a rank_pattern is not understood)" if experts > 1 else ""
-            raise TensorMismatchError(f"rank {pair.rank}, the configuration has {rank}{pattern}", tensor=pair.a)
+            raise TensorMismatchError(f"rank {pair.rank}, the configuration has {rank}", tensor=pair.a)
         if experts > 1:
             self.experts[pair.module] = experts
         a_spec, b_spec = pair.of_rank(rank)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft_models import ATTENTION, KINDS, deltas, distance, llama, make_adapter, weighted
 
-from fl_merge import build
+from fl_merge import UpdateError, build
 from fl_merge.adapters import fold, load_adapter, merge_adapters
 
 WEIGHTS = [3.0, 1.0]
@@ -170,3 +170,12 @@ def test_the_residual_is_a_second_adapter(tmp_path):
 
     folded, base = load_file(tmp_path / "f/model.safetensors"), model.state_dict()
     assert distance({name: folded[name].double() - base[name].double() for name in wanted}, wanted) < 1e-5
+
+
+def test_a_rank_for_one_of_the_adapted_parameters_is_refused(tmp_path):
+    """Its factors would be taken for those of more experts of a smaller rank."""
+    construct, targets = KINDS["experts"]
+    settings = {**targets, "rank_pattern": {"experts.gate_up_proj": 8}}
+    folder = make_adapter(tmp_path / "client", construct, 1, **settings)
+    with pytest.raises(UpdateError, match=r"a pattern for an adapted parameter \(experts.gate_up_proj\)"):
+        load_adapter(folder)
