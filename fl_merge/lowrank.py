@@ -188,12 +188,15 @@ class Products:
         exchange: how it travels in a federation.
         second: from a module and the rank of the second adapter that was sent (0 for none) to how that is made, where
             there is one (`lora_residual`).
+        keeps: the rank to which a sum of products is cut, where that is all that the method does: the sum can then be
+            kept while adapters come in (`fl_merge.running_products`).
     """
 
     mergers: Callable[[Sequence[Module]], Mapping[str, Merger]]
     missing: Missing = "zero"
     exchange: Exchange = Exchange()
     second: Callable[[Module, int], Merger] | None = None
+    keeps: int | None = None
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """A, B and the report of each module, then the other tensors.

@@ -20,6 +20,7 @@ from fl_merge.model import GlobalModel
 from fl_merge.naming import STATISTICS
 from fl_merge.optimizers import optimizer_of
 from fl_merge.running import RunningSum
+from fl_merge.running_products import RunningProducts
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
 from fl_merge.tuning import Tuner
@@ -111,7 +112,7 @@ class Round:
         max_num_examples: float = MAX_NUM_EXAMPLES,
         wire: torch.dtype | None = None,
         spill: Spill | None = None,
-        running: RunningSum | None = None,
+        running: RunningSum | RunningProducts | None = None,
         tuner: Tuner | None = None,
     ) -> None:
         self.number = number
@@ -240,14 +241,17 @@ class Round:
         return model, report
 
     def _merged(self) -> tuple[GlobalModel, MergeReport]:
-        if self._running is not None:
+        if isinstance(self._running, RunningSum):
             sink = self._model.sink()
             merge = self._model.tuned(sink, self._running.merge(sink), self._tuner)
             return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
-        updates = tuple(self._updates.values())
+        products = self._running if isinstance(self._running, RunningProducts) else None
+        updates = tuple(self._updates.values()) if products is None else (products.total(),)
         model, merge = self._model.merged(
             self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire, tuner=self._tuner
         )
+        if products is not None:
+            merge = products.reported(merge)
         if self._exchange is not None:
             known = {**self._model.optimizer_state, **forms_as_state(self._forms)}
             model = replace(model, optimizer_state={name: known[name] for name in sorted(known)})

@@ -92,8 +92,10 @@ MAY_IMPORT = {
         "errors",
     },
     "running": {"execute", "store", "types", "errors"},
+    "running_products": {"execute", "lowrank", "ops.lowrank", "types", "errors"},
     "rounds": {
         "exchange",
+        "running_products",
         "tuning",
         "method",
         "naming",
@@ -126,6 +128,7 @@ MAY_IMPORT = {
     },
     "flower": {
         "exchange",
+        "running_products",
         "lowrank",
         "tuning",
         "naming",

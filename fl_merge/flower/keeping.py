@@ -11,6 +11,7 @@ from fl_merge.model import GlobalModel
 from fl_merge.naming import expected_bytes
 from fl_merge.rounds import asked_statistics
 from fl_merge.running import RunningSum, running_factor
+from fl_merge.running_products import RunningProducts, held_rank
 from fl_merge.spill import Spill
 from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod
@@ -40,7 +41,7 @@ class Keeping:
     def __post_init__(self) -> None:
         whole_number("max_spill_bytes", 1 if self.max_spill_bytes is None else self.max_spill_bytes, 1)
         whole_number("spill_above_bytes", 0 if self.spill_above_bytes is None else self.spill_above_bytes, 0)
-        if self.running_sum:
+        if self.running_sum and held_rank(self.method) is None:
             running_factor(self.method)  # or it is refused
 
     def spill(self, clients: int, model: GlobalModel) -> Spill | contextlib.nullcontext[None]:
@@ -52,8 +53,12 @@ class Keeping:
             return contextlib.nullcontext()
         return Spill(self.spill_folder, self.max_spill_bytes, clients)
 
-    def sum_in(self, spill: Spill | None, model: GlobalModel, seed: int, server_round: int) -> RunningSum | None:
-        """The running sum that takes the place of updates on disk, if there is to be one."""
+    def sum_in(
+        self, spill: Spill | None, model: GlobalModel, seed: int, server_round: int
+    ) -> RunningSum | RunningProducts | None:
+        """The running sum that takes the place of updates on disk, if there is to be one; of adapters always."""
+        if self.running_sum and (rank := held_rank(self.method)) is not None:
+            return RunningProducts(rank, MemorySource(model.master(), {}))
         if spill is None or not self.running_sum:
             return None
         base = MemorySource(model.sent, model.tied)

@@ -86,7 +86,8 @@ class FedMerge(Strategy):
         running_sum: in rounds whose updates would be kept on disk, add each to a running sum instead (see
             `fl_merge.running`): that takes 16 bytes an element of disk, however many clients there are. For methods
             whose coefficients are the clients' shares; the merged model is what it is otherwise to a last place,
-            whatever the order of arrival.
+            whatever the order of arrival. Adapters are then added to a product of bounded rank in every round (see
+            `fl_merge.running_products`).
         tune: chooses each round how far to go along the merged delta, by a score on the server's validation data.
         run_folder: where `start` leaves a journal, the latest model and a checkpoint to resume from; None for nowhere.
         watchers: told of every round; see `fl_merge.flower.watch`.

@@ -38,4 +38,4 @@ def lora_stack(*, max_rank: Annotated[int, Range(1)] | None = None, missing: Mis
 
         return Merger(rank, merge)
 
-    return Products(prepare, missing, Exchange())
+    return Products(prepare, missing, Exchange(), keeps=max_rank)

@@ -48,4 +48,4 @@ def lora_svd(
 
         return Merger(bound, merge)
 
-    return Products(prepare, missing, Exchange())
+    return Products(prepare, missing, Exchange(), keeps=rank)

@@ -7,8 +7,9 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_merge import RecipeError, build
+from fl_merge import MergeError, RecipeError, build
 from fl_merge.exchange import Form, exchange_of, fit, form_in_state
+from fl_merge.execute import MergeReport
 from fl_merge.flower import FedMerge
 from fl_merge.flower.client import receive, receive_adapter, reply
 from fl_merge.flower.inprocess import InProcessGrid
@@ -16,6 +17,9 @@ from fl_merge.flower.records import to_record
 from fl_merge.flower.watch import Watcher
 from fl_merge.methods import lora_factor_mean, lora_residual, lora_stack, lora_svd
 from fl_merge.optimizers import adam, server_optimizer
+from fl_merge.running_products import RunningProducts
+from fl_merge.store import MemorySource
+from fl_merge.types import Update
 
 MODULES = {"base_model.model.q": (24, 20), "base_model.model.up": (18, 26)}
 RANKS, ALPHAS = (4, 8, 16), (8.0, 8.0, 4.0)
@@ -299,3 +303,43 @@ def test_updates_kept_on_disk_give_the_same_bytes(tmp_path):
     wanted = Clients().run(lora_svd(rank=6)).model.master()
     found = Clients().run(lora_svd(rank=6), spill_folder=tmp_path).model.master()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_running_sum_of_adapters_is_the_sum_and_holds_no_adapter():
+    """Ranks 4 + 8 + 16 are within four times the rank that is kept: nothing is cut before the end."""
+    watcher = Refusals()
+    wanted = Clients().run(lora_svd(rank=8))
+    found = Clients().run(lora_svd(rank=8), running_sum=True, watchers=[watcher])
+    assert distance(products(found.model.master()), products(wanted.model.master())) < 1e-6
+    assert watcher.reports[0].merge.found["lora-cut-while-running"] == 0.0
+    assert watcher.reports[0].merge.clients == ("1000", "1001", "1002")
+    assert watcher.reports[0].merge.weights == pytest.approx((1 / 6, 1 / 3, 1 / 2))
+
+
+def test_a_running_sum_cuts_within_its_room_and_says_so():
+    base = MemorySource({name: torch.zeros_like(t) for name, t in adapter(2, 0).items()}, {})
+    running = RunningProducts(2, base)
+    clients = [adapter(4, seed, trained=True) for seed in range(6)]
+    for seed, tensors in enumerate(clients):
+        running.add(Update(str(seed), 1.0, MemorySource(tensors)))
+        assert max(running.ranks.values()) <= 8
+    total = running.total().tensors
+    found = products({name: total.read(name) for name in total.specs()})
+    exact = {module: sum(products(each)[module] for each in clients) / 6 for module in MODULES}
+    cut = running.reported(MergeReport((), (), 0, 0, 0, 0.0)).found["lora-cut-while-running"]
+    assert distance(found, exact) > 0
+    apart = (
+        sum(float((found[m] - exact[m]).norm()) for m in MODULES)
+        / sum(float(p.square().sum()) for p in found.values()) ** 0.5
+    )
+    assert apart <= cut * (1 + 1e-9)
+    with pytest.raises(MergeError, match="is in the sum already"):
+        running.add(Update("3", 1.0, MemorySource(clients[0])))
+
+
+@pytest.mark.parametrize(
+    "method", [lora_svd(), lora_stack(), lora_factor_mean(), lora_svd(rank=2, missing="renormalise")]
+)
+def test_other_methods_for_adapters_are_no_running_sum(method):
+    with pytest.raises(RecipeError, match=r"running_sum: found lora_.*, wanted a sum of adapters that keeps a rank"):
+        FedMerge(method, running_sum=True)
