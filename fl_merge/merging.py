@@ -12,7 +12,7 @@ from torch import Tensor
 from fl_merge.check import check_metrics, check_update
 from fl_merge.errors import MetricError, RecipeError
 from fl_merge.execute import execute
-from fl_merge.method import as_method, sends
+from fl_merge.method import METHODS, as_method, sends
 from fl_merge.naming import STATISTICS
 from fl_merge.optimizers import ServerOptimized
 from fl_merge.store import MemorySink, MemorySource, tied_names
@@ -54,6 +54,12 @@ def merge(
         MergeError: if the merge gives no model.
     """
     chosen = as_method(method)
+    entry = METHODS.get(getattr(chosen, "name", ""))
+    if entry is not None and entry.merges == "adapters":
+        raise RecipeError(
+            f"{chosen} merges LoRA adapters, whose scalings are not in a state dict; wanted "
+            "fl_merge.adapters.merge_adapters"
+        )
     cohort = cohort_of(chosen, base, updates, weights, seed, statistics=statistics, metrics=metrics)
     sink = MemorySink()
     execute(chosen, cohort, sink, threads=threads, slice_elements=slice_elements, device=device)

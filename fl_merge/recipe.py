@@ -185,12 +185,12 @@ class Recipe:
             bounds = {name: bound for name, bound in bounds.items() if bound is not None}
             return None if inner is None else replace(inner, clip_norm=bounds)
         if isinstance(method, Method):
-            return cls(_name(method), dict(method.parameters))
+            return cls(_name(method), _settings(method))
         if isinstance(method, Partition) and isinstance(method.otherwise, Method):
             rules = [(glob, rule) for glob, rule in method.rules if isinstance(rule, Method)]
             if len(rules) == len(method.rules):
-                listed = tuple(Rule(glob, _name(rule), dict(rule.parameters)) for glob, rule in rules)
-                return cls(_name(method.otherwise), dict(method.otherwise.parameters), listed)
+                listed = tuple(Rule(glob, _name(rule), _settings(rule)) for glob, rule in rules)
+                return cls(_name(method.otherwise), _settings(method.otherwise), listed)
         return None
 
     def to_yaml(self) -> str:
@@ -253,6 +253,15 @@ for _yaml in (_Loader, _Dumper):
         re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    """A method's settings; one that is a method itself (`lora_merge`'s) by its name and its settings."""
+    settings = dict(method.parameters)
+    inner = settings.get("method")
+    if isinstance(inner, Method):
+        settings |= {"method": _name(inner), "settings": dict(inner.parameters)}
+    return settings
 
 
 def _name(method: Method) -> str:

@@ -7,7 +7,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_merge import MergeError, RecipeError, build
+from fl_merge import MergeError, Recipe, RecipeError, build
 from fl_merge.exchange import Form, exchange_of, fit, form_in_state
 from fl_merge.execute import MergeReport
 from fl_merge.flower import FedMerge
@@ -15,7 +15,7 @@ from fl_merge.flower.client import receive, receive_adapter, reply
 from fl_merge.flower.inprocess import InProcessGrid
 from fl_merge.flower.records import to_record
 from fl_merge.flower.watch import Watcher
-from fl_merge.methods import lora_factor_mean, lora_residual, lora_stack, lora_svd
+from fl_merge.methods import lora_factor_mean, lora_merge, lora_residual, lora_stack, lora_svd, ties
 from fl_merge.optimizers import adam, server_optimizer
 from fl_merge.running_products import RunningProducts
 from fl_merge.store import MemorySource
@@ -343,3 +343,13 @@ def test_a_running_sum_cuts_within_its_room_and_says_so():
 def test_other_methods_for_adapters_are_no_running_sum(method):
     with pytest.raises(RecipeError, match=r"running_sum: found lora_.*, wanted a sum of adapters that keeps a rank"):
         FedMerge(method, running_sum=True)
+
+
+@pytest.mark.parametrize("space", ["full", "knots", "core"])
+def test_any_method_on_products_in_a_federation_whose_recipe_is_written_down(tmp_path, space):
+    method = lora_merge(method=ties(density=0.3), space=space)
+    strategy = Clients().run(method, rounds=1, run_folder=tmp_path / "run")
+    again = Recipe.load(tmp_path / "run/recipe.yaml").build()
+    found = Clients().run(again, rounds=1)
+    assert any(tensor.any() for name, tensor in found.model.sent.items() if "lora_B" in name)
+    assert all(torch.equal(tensor, strategy.model.sent[name]) for name, tensor in found.model.sent.items())
