@@ -1,5 +1,6 @@
 """Layer stacking and depth up-scaling: which tensor comes from where, and what the deeper model computes."""
 
+import json
 import os
 
 import pytest
@@ -9,6 +10,9 @@ from small_models import TOKENS, Model
 from fl_merge import MergeError, RecipeError, build, kernels, merge
 from fl_merge.execute import execute
 from fl_merge.methods import depth_upscale, layer_stack, ties, weighted_average
+from fl_merge.offline.commands import planned
+from fl_merge.offline.run import merge_files
+from fl_merge.store import load
 from fl_merge.structures import reconfigure
 from fl_merge.types import BASE, Cohort, CohortSpec, TensorSpec, Update
 
@@ -153,6 +157,30 @@ def test_a_stacked_model_loads_and_generates(make, tmp_path):
     model = found.load(tmp_path / "stacked")
     assert model.config.num_hidden_layers == 6
     assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=1).shape[1] > TOKENS.shape[1]
+
+
+SLICES = """\
+merge_method: passthrough
+slices:
+  - sources: [{model: first, layer_range: [0, 3]}]
+  - sources: [{model: second, layer_range: [1, 4]}]
+  - sources: [{model: first, layer_range: [2, 4], parameters: {scale: 0.5}}]
+"""
+
+
+def test_mergekits_slices_write_the_same(make, tmp_path):
+    """The last slice gives the final norm and the head there; the first one the embeddings."""
+    first, second = make(seed=0), make(seed=1)
+    first.save(tmp_path / "first"), second.save(tmp_path / "second")
+    (tmp_path / "recipe.yaml").write_text(SLICES)
+    merge_files(planned(tmp_path / "recipe.yaml"), tmp_path / "out", SLICES, version="0")
+    ours = restacked(layer_stack(layers="0[0:3], 1[1:4], 0[2:4] * 0.5", embeddings="0"), first, first, second)
+    theirs = load(tmp_path / "out")
+    outside = {"model.norm.weight", "lm_head.weight"}  # which the last slice's scale there halves too
+    assert theirs.keys() == ours.tensors.keys()
+    assert {name for name, tensor in theirs.items() if not torch.equal(tensor, ours.tensors[name])} <= outside
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 8
+    assert ours.config["num_hidden_layers"] == 8
 
 
 def test_tied_embeddings_stay_tied(make, tmp_path):
