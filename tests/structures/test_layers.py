@@ -10,6 +10,7 @@ from small_models import TOKENS, Model
 from fl_merge import MergeError, RecipeError, build, kernels, merge
 from fl_merge.execute import execute
 from fl_merge.methods import depth_upscale, layer_stack, ties, weighted_average
+from fl_merge.model import GlobalModel
 from fl_merge.offline.commands import planned
 from fl_merge.offline.run import merge_files
 from fl_merge.store import load
@@ -307,6 +308,13 @@ def test_models_of_different_sizes_are_refused(make, tmp_path):
         MergeError, match=r"client '9', .*shape \(16, 16\), base has \(8, 8\); models of different sizes"
     ):
         plan(layer_stack(layers="7[0:2], 9[2:4]", embeddings="7"), both)
+
+
+def test_a_run_that_would_change_its_model_is_refused_before_it_begins():
+    tensors = {name: torch.zeros(spec.shape) for name, spec in specs(4).items()}
+    with pytest.raises(RecipeError, match="changes the model's tensors"):
+        GlobalModel.initial(tensors, depth_upscale(m=1))
+    GlobalModel.initial(tensors, layer_stack(layers="base[2:4], merged[0:2]"))
 
 
 def test_a_model_without_layers_is_refused():

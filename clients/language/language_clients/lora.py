@@ -6,6 +6,7 @@ and `.lora_B.weight` (out, rank).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def wrap(model: Any, *, rank: int, alpha: float, targets: Sequence[str], seed: o
         target_modules="all-linear" if tuple(targets) == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # between peft and transformers
         torch.manual_seed(seeded("adapter", seed).initial_seed())
         try:
             return get_peft_model(model, config)
