@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters
+from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters, plain_adapter
 from fl_merge.adapters import fold as fold_adapters
 from fl_merge.codecs import DTYPES
 from fl_merge.errors import RecipeError
 from fl_merge.lowrank import factors, pairs_of
 from fl_merge.method import build
 from fl_merge.ops.lowrank import norm
+from fl_merge.store import load
 from fl_merge.types import MergeMethod
 
 lora = typer.Typer(
@@ -73,6 +75,25 @@ def fold(
     """Add adapters to the weights of their model, into a checkpoint of its own."""
     report = fold_adapters([load_adapter(each) for each in adapters], base, out_folder, dtype=_dtype(dtype))
     out.print(f"{report.tensors} tensors in {out_folder}", highlight=False, soft_wrap=True)
+
+
+@lora.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A federation's adapter: a safetensors file or folder (RUN/model).")],
+    config: Annotated[Path, typer.Option(help="A client's adapter_config.json: of which modules of which model.")],
+    out_folder: Out,
+    dtype: Dtype = None,
+) -> None:
+    """Write the adapter that a federation has merged as one that PeftModel.from_pretrained loads."""
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot read '{config}': {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"'{config}': found a {type(raw).__name__}, wanted an object")
+    found = plain_adapter(load(model), raw, str(config))
+    found.save(out_folder, _dtype(dtype))
+    out.print(f"{len(found.manifest['modules'])} modules: {out_folder}", highlight=False, soft_wrap=True)
 
 
 @lora.command()

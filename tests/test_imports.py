@@ -148,7 +148,7 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "lora_cli": {"adapters", "codecs", "lowrank", "ops.lowrank", "method", "types", "errors"},
+    "lora_cli": {"adapters", "store", "codecs", "lowrank", "ops.lowrank", "method", "types", "errors"},
     "cli": {
         "offline",
         "lora_cli",

@@ -4,7 +4,7 @@ from fl_merge.adapters.config import AdapterConfig
 from fl_merge.adapters.folder import TENSORS as ADAPTER_FILE
 from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter
 from fl_merge.adapters.folding import FoldedSource, fold
-from fl_merge.adapters.merging import MergedAdapter, merge_adapters
+from fl_merge.adapters.merging import MergedAdapter, merge_adapters, plain_adapter
 
 __all__ = [
     "ADAPTER_FILE",
@@ -16,4 +16,5 @@ __all__ = [
     "is_adapter",
     "load_adapter",
     "merge_adapters",
+    "plain_adapter",
 ]

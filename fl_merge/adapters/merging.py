@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_merge.adapters.config import merged_config
+from fl_merge.adapters.config import AdapterConfig, merged_config
 from fl_merge.adapters.folder import MANIFEST, Adapter, write_adapter
 from fl_merge.adapters.source import fused
 from fl_merge.check import check_finite
 from fl_merge.errors import MergeError, RecipeError, UpdateError
 from fl_merge.execute import execute, worker_pool
-from fl_merge.lowrank import SCALINGS, Pair, pairs_of, parted, relative_error
+from fl_merge.lowrank import RESIDUAL, SCALINGS, Pair, pairs_of, parted, relative_error
 from fl_merge.merging import shares
 from fl_merge.method import METHODS, as_method
 from fl_merge.store import MemorySink
@@ -167,6 +167,33 @@ def merge_adapters(
     wide = max((each.dtype for each in named.values()), key=lambda dtype: dtype.itemsize)
     manifest = _manifest(chosen, cohort, named, tensors, reports)
     return MergedAdapter(tensors, residual, origins, wide, manifest)
+
+
+def plain_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "config") -> MergedAdapter:
+    """Plain factors, such as the global adapter of a federation, as an adapter that can be saved for PEFT.
+
+    Args:
+        tensors: scaling 1; a residual (`residual.` before its names) becomes the second adapter.
+        config: an adapter_config.json of a client's: its targets and its model are taken, its rank and alpha are not.
+        where: for messages.
+
+    Raises:
+        RecipeError: for a configuration that cannot be merged, or tensors that are no adapter.
+    """
+    read = AdapterConfig.read(config, where)
+    residual = {name.removeprefix(RESIDUAL): t for name, t in tensors.items() if name.startswith(RESIDUAL)}
+    main = {name: tensor for name, tensor in tensors.items() if not name.startswith(RESIDUAL)}
+    try:
+        pairs, _ = pairs_of({name: TensorSpec.of(tensor) for name, tensor in main.items()})
+    except MergeError as error:
+        raise RecipeError(str(error)) from None
+    if not pairs:
+        raise RecipeError(f"found no 'lora_A' and 'lora_B' among the {len(main)} tensors; wanted an adapter")
+    origin = _Origin(read, frozenset(module.partition("[")[0] for module in pairs))
+    modules = {module: {"rank": pair.rank} for module, pair in pairs.items()}
+    manifest = {"made_by": "fl_merge", "inputs": [], "relative_error": 0.0, "notes": [], "modules": modules}
+    dtype = next(tensor.dtype for name, tensor in main.items() if ".lora_" in name)
+    return MergedAdapter(main, residual, {where: origin}, dtype, manifest)
 
 
 class _Nothing:

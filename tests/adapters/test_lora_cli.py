@@ -48,6 +48,21 @@ def test_stack_svd_inspect(folders, monkeypatch, capsys):
     assert "64 x 30" in text
 
 
+def test_the_adapter_of_a_federation_is_written_for_peft(folders, monkeypatch, capsys):
+    plain = tensors(5, 6)
+    save_file(plain, folders / "model.safetensors")
+    arguments = ["export", "model.safetensors", "--config", "client0/adapter_config.json", "--out", "final"]
+    code, text = run(monkeypatch, capsys, "lora", *arguments)
+    assert (code, text) == (0, "3 modules: final\n")
+    written = json.loads((folders / "final/adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["target_modules"]) == (6, 6, ["down", "q", "up"])
+    found = load_file(folders / "final/adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+    save_file({"w": torch.ones(2)}, folders / "other.safetensors")
+    code, text = run(monkeypatch, capsys, "lora", "export", "other.safetensors", *arguments[2:])
+    assert (code, "wanted an adapter" in text) == (2, True)
+
+
 def test_fold(folders, monkeypatch, capsys):
     base = {"layers.0.q.weight": torch.ones(40, 30), "layers.0.up.weight": torch.ones(64, 30)}
     base |= {"layers.1.down.weight": torch.ones(30, 64), "norm": torch.ones(3)}
