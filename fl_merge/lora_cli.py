@@ -79,7 +79,7 @@ def fold(
 
 @lora.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A federation's adapter: a safetensors file or folder (RUN/model).")],
+    model: Annotated[Path, typer.Argument(help="A federation's adapter: RUN/model.safetensors.")],
     config: Annotated[Path, typer.Option(help="A client's adapter_config.json: of which modules of which model.")],
     out_folder: Out,
     dtype: Dtype = None,
