@@ -69,7 +69,8 @@ def test_a_good_recipe_is_shown_with_all_its_settings(run: Run, tmp_path: Path) 
         ("merge_method: tyes\n", "unknown merge method 'tyes'; did you mean 'ties'?"),
         (
             "merge_method: ties\nparameters: {density: 2}\n",
-            "parameter 'density' of ties: found 2, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found 2, wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         ("merge_method: ties\nparameters: {densty: 0.2}\n", "ties has no parameter 'densty'; did you mean 'density'?"),
         ("merge_metod: ties\n", "unknown key 'merge_metod' in the recipe; did you mean 'merge_method'?"),

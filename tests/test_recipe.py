@@ -155,19 +155,23 @@ def test_a_built_method_can_be_written_as_a_recipe(load):
         ),
         (
             "merge_method: ties\nparameters: {density: 2}",
-            "parameter 'density' of ties: found 2, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found 2, wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: 0}",
-            "parameter 'density' of ties: found 0, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found 0, wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: true}",
-            "parameter 'density' of ties: found True, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found True, wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {density: [0.1, 0.2]}",
-            "parameter 'density' of ties: found [0.1, 0.2], wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found [0.1, 0.2], wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         (
             "merge_method: ties\nparameters: {scale: .nan}",
@@ -361,7 +365,8 @@ def test_a_recipe_file_takes_the_place_of_the_other_keys(tmp_path):
         ({"merge-method": 3}, "merge_method: found 3, wanted the name of a method"),
         (
             {"merge-method": "ties", "parameters.density": 2},
-            "parameter 'density' of ties: found 2, wanted a number in (0, 1] or a mapping from text to a number in (0, 1]",
+            "parameter 'density' of ties: found 2, wanted a number in (0, 1] "
+            "or a mapping from text to a number in (0, 1]",
         ),
         (
             {"merge-method": "ties", "parameters.densty": 0.2},
