@@ -78,6 +78,11 @@ def method_rows(seed: int, epochs: int, name: str, scales: Sequence[float]) -> l
     return rows
 
 
+def model_methods() -> list[str]:
+    """The registered methods that merge whole models (the others merge adapters)."""
+    return [name for name, entry in METHODS.items() if entry.merges == "models"]
+
+
 def work(name: str, seed: int, epochs: int, scales: Sequence[float] = ()) -> list[Row]:
     """The rows of one task."""
     return baseline_rows(seed, epochs) if name == BASELINES else method_rows(seed, epochs, name, scales)
@@ -259,8 +264,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     options = study.arguments("Every merge method on eight domains.", "one_shot").parse_args()
     console = Console()
-    seeds, epochs, scales = options.seeds, EPOCHS, SCALES
-    methods = [name for name, entry in METHODS.items() if entry.merges != "structures"]
+    seeds, epochs, methods, scales = options.seeds, EPOCHS, model_methods(), SCALES
     if options.quick:
         seeds, epochs, scales = 2, 1, (0.5, 1.0, 2.0)
         methods = [name for name in QUICK_METHODS if name in METHODS]

@@ -29,6 +29,7 @@ from federation import HIDDEN, Local, accuracies, federate
 from fl_merge import METHODS, FlMergeError, build
 from fl_merge.optimizers import build_optimizer, server_optimizer
 from fl_merge.types import MergeMethod
+from one_shot import model_methods
 from study import Row
 
 ALPHAS = (0.1, 0.5)
@@ -254,7 +255,7 @@ def plot(rows: Sequence[Row], rounds: int, path: Path) -> None:
 def main() -> None:
     options = study.arguments("Methods as aggregators over rounds.", "rounds").parse_args()
     seeds, rounds, alphas = options.seeds, ROUNDS, ALPHAS
-    wanted = aggregators([name for name, entry in METHODS.items() if entry.merges == "models"])
+    wanted = aggregators(model_methods())
     if options.quick:
         seeds, rounds, alphas = 2, 2, (0.5,)
         wanted = {name: settings[:2] for name, settings in aggregators(["ties"]).items() if "adam," not in name}
