@@ -1,4 +1,4 @@
-"""Fifteen clients, three of them bad: what each aggregator makes of ten rounds.
+"""Fifteen clients, three of them bad: what each aggregator makes of eight rounds.
 
     python simulations/attackers.py --seeds 10 --out runs/attackers
 
@@ -12,7 +12,8 @@ start. Three of them (20 %, drawn by the seed) train as the others do and then s
               nearer to each other than any two good clients are (Xie et al., 2019, arXiv:1903.03936, inner product
               manipulation)
 
-The server knows nothing of who is bad; methods that take it are told how many may be. What is compared is the mean
+The server knows nothing of who is bad; methods that take it are told how many may be. "clipped" is `clip_norm` at the
+median of the round's norms, before the method. What is compared is the mean
 accuracy after the last three rounds on the 360 test images. Where several settings of a method are given, the one with
 the best validation accuracy is taken, in each seed and under each attack.
 """
@@ -29,25 +30,28 @@ import study
 from digits_clients import data, model
 from digits_clients.data import seeded
 from digits_clients.model import State
-from federation import HIDDEN, Attack, accuracies, federate
+from federation import HIDDEN, Attack, Local, accuracies, federate
 from fl_merge import METHODS, FlMergeError
 from rounds import Setting
 from study import Row
 
-CLIENTS, BAD, ROUNDS, LAST, ALPHA = 15, 3, 10, 3, 0.5
+CLIENTS, BAD, ROUNDS, LAST, ALPHA = 15, 3, 8, 3, 0.5
+LOCAL = Local(epochs=3)
 SCALE, COLLUSION = 10.0, 0.5
 
 AGGREGATORS: Mapping[str, tuple[Setting, ...]] = {
     "weighted_average": (Setting("weighted_average"),),
     "ties": (Setting("ties"),),
-    "iso_c": tuple(Setting("iso_c", {"scale": scale}) for scale in (1 / 15, 0.2)),
+    "iso_c": (Setting("iso_c", {"scale": 0.2}),),
     "median": (Setting("median"),),
     "trimmed_mean": (Setting("trimmed_mean", {"beta": 0.2}),),
     "krum": (Setting("krum", {"f": BAD}),),
     "multi_krum": (Setting("multi_krum", {"f": BAD}),),
     "bulyan": (Setting("bulyan", {"f": BAD}),),
     "geometric_median": (Setting("geometric_median"),),
-    "centered_clipping": tuple(Setting("centered_clipping", {"rho": rho}) for rho in (0.3, 1.0, 3.0)),
+    "average, clipped": (Setting("weighted_average", clip=0.5),),
+    "ties, clipped": (Setting("ties", clip=0.5),),
+    "centered_clipping": tuple(Setting("centered_clipping", {"rho": rho}) for rho in (0.5, 2.0)),
 }
 """What is compared, as far as it is registered; the first is what the others are compared with."""
 
@@ -130,6 +134,7 @@ def run(setting: Setting, attack: str, seed: int, rounds: int) -> Row:
         rounds=rounds,
         per_round=CLIENTS,
         seed=seed,
+        local=LOCAL,
         attack=ATTACKS[attack],
         bad=bad_clients(seed),
     )
@@ -212,7 +217,7 @@ def main() -> None:
             for name in names:
                 key = study.key(f"seed-{seed}", attack, name, of=list(map(str, AGGREGATORS[name])))
                 tasks[key] = (name, attack, seed, rounds)
-    settings = {"rounds": rounds, "hidden": HIDDEN, "clients": [CLIENTS, BAD], "alpha": ALPHA}
+    settings = {"rounds": rounds, "epochs": LOCAL.epochs, "hidden": HIDDEN, "clients": [CLIENTS, BAD], "alpha": ALPHA}
     console = Console()
     rows = study.perform(tasks, work, options.out, settings, workers=options.workers, console=console)
     plot(rows, options.out / "plot.png")

@@ -20,12 +20,18 @@ from digits_clients.data import Client, Examples, seeded
 from digits_clients.model import BATCH_SIZE, MOMENTUM, State
 from fl_merge.errors import MergeError
 from fl_merge.model import GlobalModel
+from fl_merge.naming import STATISTICS
 from fl_merge.rounds import Round
+from fl_merge.statistics import collect
 from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod, TensorSource, Update
 
 HIDDEN = 128
 """Hidden units in both layers: 26 122 parameters, a twelfth of the app's network, so that thousands of rounds pay."""
+
+
+MAX_EXAMPLES = {"fisher": 16, "gram": 256}
+"""Training images of which a client sends statistics. Fisher's take ten backward passes an image."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,6 @@ class Local:
 
 Attack = Callable[[State, Sequence[State], Sequence[int], torch.Generator], list[State]]
 """From the model that was sent, what every client learned, who is bad, and draws, to what every client sends."""
-
-Statistics = Callable[[State, Examples, Sequence[str]], TensorSource]
-"""What a client sends beside its model, of the kinds that are asked for."""
 
 
 def train_together(state: State, clients: Sequence[Examples], local: Local, seeds: Sequence[object]) -> list[State]:
@@ -109,7 +112,6 @@ def federate(
     local: Local = Local(),
     attack: Attack | None = None,
     bad: Sequence[int] = (),
-    statistics: Statistics | None = None,
     sends: Sequence[str] = (),
 ) -> Iterator[State]:
     """The global model after each round. A round that makes no model leaves the old one, as on a server.
@@ -124,8 +126,7 @@ def federate(
         local: each client's training.
         attack: what bad clients make of what was learned.
         bad: their places in `clients`.
-        statistics: computes what is asked for beside the model.
-        sends: which, as `MethodEntry.sends`.
+        sends: what clients send beside the model, as `MethodEntry.sends`.
 
     Raises:
         MergeError: if the first round makes no model although every update was usable.
@@ -142,14 +143,22 @@ def federate(
         this = Round(number, current, method, tuple(map(str, chosen)), seed=seed)
         for i, state, examples in zip(chosen, learned, train, strict=True):
             steps = local.epochs * model.steps_an_epoch(len(examples))
-            extra = statistics(state, examples, sends) if statistics is not None and sends else None
-            update = Update(str(i), len(examples), MemorySource(state), {"steps": steps}, extra)
+            extra = statistics(state, examples, [kind for kind in sends if kind in STATISTICS])
+            update = Update(str(i), len(examples), MemorySource(state), {"local-steps": steps}, extra)
             this.offer(str(i), lambda update=update: update)
         merged, report = this.merge()
         if merged is None and number == 1 and not report.refused:
             raise MergeError(str(report.failure))  # the method's own reason, which every round will have
         current = merged or current
         yield current.tensors()
+
+
+def statistics(state: State, examples: Examples, kinds: Sequence[str]) -> TensorSource | None:
+    """What a client sends of its training images; nothing if nothing is asked for."""
+    if not kinds:
+        return None
+    fewest = min(MAX_EXAMPLES[kind] for kind in kinds)
+    return MemorySource(collect(model.network(state), [examples.images_BHW], kinds, fewest))
 
 
 def accuracies(states: Iterator[State], sets: Mapping[str, Examples]) -> dict[str, list[float]]:

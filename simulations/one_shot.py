@@ -31,8 +31,8 @@ from fl_merge.naming import STATISTICS
 from fl_merge.statistics import collect
 from study import Row
 
-SCALES = tuple(round(2 ** (k / 2), 3) for k in range(-8, 9))
-"""1/16 to 16 in steps of a factor 1.41: the scales that a tuned one is chosen from."""
+SCALES = tuple(round(2 ** (k / 2), 3) for k in range(-5, 5))
+"""0.177 to 4 in steps of a factor 1.41: the scales that a tuned one is chosen from."""
 
 BASELINES = "baselines"
 AVERAGE = "weighted_average"
@@ -101,6 +101,8 @@ class Federation:
         self.people = people
         self.weights = [float(len(client.train)) for client in people.clients]
         self.individual = people.individual
+        steps = [people.epochs * model.steps_an_epoch(len(client.train)) for client in people.clients]
+        self.metrics = {str(i): {"local-steps": count} for i, count in enumerate(steps)}
         self._statistics: dict[tuple[str, ...], list[dict[str, torch.Tensor]]] = {}
 
     def row(self, name: str, setting: str, accuracies: Mapping[str, float], **more: object) -> Row:
@@ -121,6 +123,7 @@ class Federation:
             self.weights,
             seed=people.seed,
             statistics=self.statistics(name),
+            metrics=self.metrics,
             threads=1,
         )
 
@@ -145,25 +148,22 @@ class Federation:
             state = at(scale)
             scores[scale] = sum(model.accuracy(state, examples) for examples in validation)
         best = max(scores, key=scores.__getitem__)
-        return best, self.merged(name, scale=best)
+        return best, at(best)
 
 
 def along_scales(merged: Callable[[float], State], base: State) -> Callable[[float], State]:
     """The merged model for any scale, from one merge if the method is linear in it, else from a merge each.
 
-    Linear is what gives, at scales 0.5 and 2, base + scale * (model at 1 - base) to 1e-5 of that delta's norm.
+    Linear is what gives, at scale 2, base + 2 * (model at 1 - base), to 1e-5 of that delta's norm.
     """
     delta = {name: tensor - base[name] for name, tensor in merged(1.0).items()}
 
     def on_the_line(scale: float) -> State:
         return {name: tensor + scale * delta[name] for name, tensor in base.items()}
 
-    size = norm(delta)
-    for scale in (0.5, 2.0):
-        line, found = on_the_line(scale), merged(scale)
-        if norm({name: tensor - line[name] for name, tensor in found.items()}) > 1e-5 * size:
-            return merged
-    return on_the_line
+    line, found = on_the_line(2.0), merged(2.0)
+    off = norm({name: tensor - line[name] for name, tensor in found.items()})
+    return on_the_line if off <= 1e-5 * norm(delta) else merged
 
 
 def norm(tensors: Mapping[str, torch.Tensor]) -> float:

@@ -3,8 +3,8 @@
     python simulations/rounds.py --seeds 10 --out runs/rounds
 
 Twenty clients share the private images by Dirichlet label skew (alpha 0.1: a class or two each; 0.5: several); five
-take part in each round. Every registered method aggregates at its defaults; some also with a tuned scale, and inside
-server optimizers. The baselines are FedAvg, FedAvgM and FedAdam with tuned settings, and a model trained on the pooled
+take part in each round. Twenty methods aggregate at their defaults; some also with a tuned setting, and inside server
+optimizers. The baselines are FedAvg, FedAvgM and FedAdam with tuned settings, and a model trained on the pooled
 data with as many gradient steps as all the clients of all rounds made.
 
 Whatever is tuned is tuned in each seed for itself, by the mean accuracy over the last five rounds on the server's 85
@@ -27,6 +27,7 @@ import study
 from digits_clients import data, model
 from federation import HIDDEN, Local, accuracies, federate
 from fl_merge import METHODS, FlMergeError, build
+from fl_merge.clipping import clip_norm
 from fl_merge.optimizers import build_optimizer, server_optimizer
 from fl_merge.types import MergeMethod
 from one_shot import model_methods
@@ -37,18 +38,49 @@ CLIENTS, PER_ROUND, ROUNDS = 20, 5, 20
 LAST = 5
 """Rounds at the end whose mean accuracy is compared."""
 
-SCALED = {
-    "task_arithmetic": (0.5, 1.5, 2.0, 3.0),
-    "ties": (0.25, 0.5, 1.0, 2.0),
-    "dare_ties": (0.25, 0.5, 1.0, 2.0),
-    "tsv_m": (0.1, 0.2, 0.3, 0.5),
-    "iso_c": (0.1, 0.2, 0.3, 0.5),
-    "wudi": (0.05, 0.1, 0.2, 0.5),
-}
-"""Methods whose scale is tuned, and the scales to choose from."""
+DEFAULTS = (
+    "ties",
+    "dare_ties",
+    "della",
+    "breadcrumbs_ties",
+    "sce",
+    "magmax",
+    "fedgma",
+    "consensus",
+    "pcb",
+    "karcher",
+    "model_stock",
+    "median",
+    "trimmed_mean",
+    "geometric_median",
+    "tsv_m",
+    "iso_c",
+    "svc",
+    "wudi",
+    "fisher",
+    "regmean",
+)
+"""Methods that are run at their defaults. Left out are those that are the average or nearly another of these here."""
 
-OPTIMIZED = {"ties": {}, "tsv_m": {"scale": 0.2}, "iso_c": {"scale": 0.2}}
+TUNED: Mapping[str, tuple[Mapping[str, float], ...]] = {
+    "task_arithmetic": ({"scale": 1.5}, {"scale": 2.0}, {"scale": 3.0}),
+    "ties": ({"scale": 0.25}, {"scale": 0.5}, {"scale": 2.0}),
+    "tsv_m": ({"scale": 0.2}, {"scale": 0.5}),
+    "iso_c": ({"scale": 0.2}, {"scale": 0.5}, {"scale": 2.0}),
+    "wudi": ({"ridge": 0.1}, {"ridge": 1.0}),
+    "regmean": ({"ridge": 0.1}, {"ridge": 1.0}),
+}
+"""Methods with a setting that is tuned, and the values to choose from."""
+
+OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 0.2}}
 """Methods that are run inside server optimizers, at which settings. 1 / N turns a method's sum into a mean."""
+
+MOMENTA = [
+    {"name": "momentum", "lr": lr, "beta": beta} for beta, lr in ((0.5, 0.3), (0.5, 1.0), (0.9, 0.1), (0.9, 0.3))
+]
+ADAMS = [
+    {"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.003), (1e-3, 0.01), (1e-3, 0.03), (1e-2, 0.03))
+]
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
 
@@ -61,19 +93,23 @@ class Setting:
         method: its registered name.
         parameters: its settings.
         optimizer: a server optimizer's settings, with its name; empty for none.
+        clip: the quantile of the round's norms at which deltas are clipped first; None for not.
     """
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    clip: float | None = None
 
     def build(self) -> MergeMethod:
-        """The method, in its optimizer."""
-        method = build(self.method, **self.parameters)
+        """The method, behind its clipping and in its optimizer."""
+        method: MergeMethod = build(self.method, **self.parameters)
+        if self.clip is not None:
+            method = clip_norm(method, quantile=self.clip)
         return server_optimizer(method, build_optimizer(self.optimizer)) if self.optimizer else method
 
     def __str__(self) -> str:
-        told = {**self.parameters, **self.optimizer}
+        told = {**self.parameters, **self.optimizer, **({} if self.clip is None else {"clip": self.clip})}
         return " ".join(value if key == "name" else f"{key}={value}" for key, value in told.items())
 
 
@@ -81,20 +117,18 @@ def aggregators(methods: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
     """Name -> the settings to choose from on validation data, for every row of the tables."""
     average = "weighted_average"
     found: dict[str, tuple[Setting, ...]] = {FEDAVG: (Setting(average),)}
-    momenta = [{"name": "momentum", "lr": lr, "beta": beta} for beta in (0.5, 0.9) for lr in (0.1, 0.3, 1.0)]
-    adams = [{"name": "adam", "lr": lr, "tau": tau} for tau in (1e-3, 1e-2) for lr in (0.003, 0.01, 0.03)]
-    found[FEDAVGM] = tuple(Setting(average, {}, each) for each in momenta)
-    found[FEDADAM] = tuple(Setting(average, {}, each) for each in adams)
-    for name in methods:
-        if name != average:
-            found[name] = (Setting(name),)
-    for name, scales in SCALED.items():
+    found[FEDAVGM] = tuple(Setting(average, {}, each) for each in MOMENTA)
+    found[FEDADAM] = tuple(Setting(average, {}, each) for each in ADAMS)
+    for name in DEFAULTS:
         if name in methods:
-            found[f"{name}, scale tuned"] = tuple(Setting(name, {"scale": scale}) for scale in scales)
+            found[name] = (Setting(name),)
+    for name, choices in TUNED.items():
+        if name in methods:
+            found[f"{name}, tuned"] = tuple(Setting(name, parameters) for parameters in choices)
     for name, parameters in OPTIMIZED.items():
         if name in methods:
-            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in momenta[3:])
-            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in adams[:3])
+            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in MOMENTA[1:])
+            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in ADAMS[:3])
     return found
 
 

@@ -14,7 +14,9 @@ Shape suffixes: R seeds (repetitions of the whole experiment).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import math
@@ -24,7 +26,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,10 +187,23 @@ def perform(
         console: where the progress is shown.
 
     Raises:
-        StudyError: for a folder with other settings, or when a task failed.
+        StudyError: for a folder with other settings or with another run at work in it, or when a task failed.
     """
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _perform(tasks, work, folder, settings, workers, console)
+
+
+def _perform(
+    tasks: Mapping[str, tuple[Any, ...]],
+    work: Callable[..., list[Row]],
+    folder: Path,
+    settings: Mapping[str, Any],
+    workers: int,
+    console: Console | None,
+) -> list[Row]:
+    parts = folder / "parts"
     _same_settings(folder / "settings.json", settings)
     missing = {key: task for key, task in tasks.items() if not (parts / f"{key}.json").exists()}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -198,6 +213,17 @@ def perform(
             _write_whole(parts / f"{key}.json", json.dumps(rows, indent=0))
             bar.advance(shown)
     return [row for key in tasks for row in json.loads((parts / f"{key}.json").read_text(encoding="utf-8"))]
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While it lasts, no other run works in the folder. The lock is gone with the process, however that ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(f"another run is at work in {folder}: wait for it, or give another --out") from None
+        yield
 
 
 def _in_processes(

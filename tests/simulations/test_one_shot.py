@@ -23,10 +23,10 @@ def test_the_scale_is_chosen_on_the_examples_that_are_given(federation):
     wanted = max(by_scale, key=lambda scale: model.accuracy(by_scale[scale], shown))
     found, state = federation.tuned("task_arithmetic", SCALES, [shown])
     assert found == wanted
-    assert all(torch.equal(state[name], by_scale[wanted][name]) for name in state)
+    assert all(torch.allclose(state[name], by_scale[wanted][name], rtol=0, atol=1e-6) for name in state)
 
 
-def test_a_method_that_is_linear_in_its_scale_is_merged_three_times_and_another_each_time():
+def test_a_method_that_is_linear_in_its_scale_is_merged_twice_and_another_each_time():
     base, calls = {"w": torch.tensor([1.0, 2.0])}, []
 
     def linear(scale):
@@ -35,7 +35,7 @@ def test_a_method_that_is_linear_in_its_scale_is_merged_three_times_and_another_
 
     at = one_shot.along_scales(linear, base)
     assert at(8.0)["w"].tolist() == [5.0, -6.0]
-    assert calls == [1.0, 0.5, 2.0]
+    assert calls == [1.0, 2.0]
 
     def square(scale):
         return {"w": base["w"] + scale**2}

@@ -127,6 +127,16 @@ def test_rows_of_other_settings_are_not_mixed_in(tmp_path):
         study.perform({}, counted, tmp_path / "out", {"epochs": 20}, console=QUIET)
 
 
+def nested(folder):
+    return study.perform({}, counted, folder, {}, console=QUIET)
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path):
+    with pytest.raises(study.StudyError, match="another run is at work in"):
+        study.perform({"outer": (tmp_path,)}, nested, tmp_path, {}, workers=0, console=QUIET)
+    assert nested(tmp_path) == []
+
+
 SLOW_STUDY = """
 import sys, time
 from pathlib import Path
