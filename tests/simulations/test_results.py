@@ -35,5 +35,29 @@ def test_missing_markers_and_missing_runs_are_named(tmp_path, monkeypatch):
 
 def test_the_page_has_a_place_for_every_study():
     text = (results.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for name in results.STUDIES:
+    for name in (*results.STUDIES, results.PILOT):
         assert results.filled(text, name, "x") != text
+
+
+def test_the_pilot_stands_beside_what_was_found(tmp_path):
+    rows = [
+        {"seed": seed, "model": name, "setting": setting, "mean": 0.5 + 0.1 * seed}
+        for name, setting in results.PILOT_ONE_SHOT
+        for seed in (0, 1)
+    ]
+    for name, found in {
+        "one_shot": rows,
+        "rounds": [
+            {"seed": seed, "alpha": alpha, "aggregator": name, "chosen": chosen, "test": alpha * chosen}
+            for name in results.PILOT_ROUNDS
+            for seed in (0, 1)
+            for alpha in (0.1, 0.5)
+            for chosen in (0, 1)
+        ],
+    }.items():
+        (tmp_path / name).mkdir()
+        results.study.write_csv(tmp_path / name / "raw.csv", found)
+    text = results.beside_pilot(tmp_path)
+    assert "| one shot | regmean | 82.7 | 55.0 [50.0, 60.0] |" in text
+    assert "| one shot | task_arithmetic, scale tuned | 60 | 55.0 [50.0, 60.0] |" in text
+    assert "| rounds, Dirichlet 0.1 | FedAvg | 82 | 10.0 [10.0, 10.0] |" in text
