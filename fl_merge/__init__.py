@@ -7,6 +7,7 @@ from fl_merge.hyperparameters import in_range
 from fl_merge.merging import merge
 from fl_merge.method import METHODS, build, merge_method, partition
 from fl_merge.optimizers import adagrad, adam, momentum, server_optimizer, yogi
+from fl_merge.phases import phase, schedule
 from fl_merge.recipe import Recipe
 from fl_merge.shapes import Coordinate, Matrix, Slice, Span
 from fl_merge.tuning import Tuner, auto_scale
@@ -36,6 +37,8 @@ __all__ = [
     "methods",
     "momentum",
     "partition",
+    "phase",
+    "schedule",
     "server_optimizer",
     "yogi",
 ]

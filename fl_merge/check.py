@@ -14,7 +14,8 @@ from torch import Tensor
 from fl_merge import kernels
 from fl_merge.errors import MetricError, NonFiniteError, StatisticsError, TensorMismatchError, WeightError, one_line
 from fl_merge.kernels.passes import largest_magnitude, readable
-from fl_merge.naming import COUNT, FISHER, misfit
+from fl_merge.naming import COUNT, FISHER, HIDDEN, misfit
+from fl_merge.structures.rows import mlp_inputs
 from fl_merge.types import TensorSource, TensorSpec, Update, compute_dtype
 
 MAX_NUM_EXAMPLES = 1e9
@@ -84,8 +85,9 @@ def check_statistics(
 ) -> None:
     """Statistics of these kinds and no others, of shapes that fit the base, with values that they can have.
 
-    Fisher information and the diagonal of a Gram matrix are not negative; a Gram matrix is symmetric, and no element of
-    it is larger than the two on the diagonal allow. Whether they are those of the client's data nobody can tell.
+    Of means of hidden states there has to be one a layer. Fisher information and the diagonal of a Gram matrix are not
+    negative; a Gram matrix is symmetric, and no element of it is larger than the two on the diagonal allow. Whether
+    they are those of the client's data nobody can tell.
 
     Raises:
         StatisticsError: naming the statistic.
@@ -96,8 +98,12 @@ def check_statistics(
             raise StatisticsError(f"sent no statistics '{kind}'; this method needs them")
     if found is None or COUNT not in specs:
         raise StatisticsError(f"sent statistics without '{COUNT}', the number of examples that they are sums over")
+    hidden = mlp_inputs(base) if HIDDEN in kinds else {}
+    for name in hidden:
+        if name not in specs:
+            raise StatisticsError("statistics: is missing, wanted one for each layer", tensor=name)
     for name, spec in specs.items():
-        problem = misfit(name, spec, base, kinds) or _no_such_values(name, found.read(name), max_num_examples)
+        problem = misfit(name, spec, base, kinds, hidden) or _no_such_values(name, found.read(name), max_num_examples)
         if problem:
             raise StatisticsError(f"statistics: {problem}", tensor=name)
 
@@ -110,6 +116,8 @@ def _no_such_values(name: str, values: Tensor, max_num_examples: float) -> str |
     wide = values if values.dtype == torch.float64 else values.float()
     if not bool((wide.abs() <= MAX_MAGNITUDE).all()):
         return f"holds NaN, infinity or a magnitude above {MAX_MAGNITUDE:g}"
+    if name.startswith(f"{HIDDEN}/"):
+        return None
     diagonal = wide.diagonal(dim1=-2, dim2=-1) if wide.dim() > 1 and not name.startswith(f"{FISHER}/") else wide
     if bool((diagonal < 0).any()):
         return f"{float(diagonal.min()):g} where a sum of squares or a count stands, wanted none below 0"

@@ -24,8 +24,9 @@ from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
 from fl_merge.offline import commands as offline
 from fl_merge.offline.config import names_models
-from fl_merge.recipe import Recipe, read_yaml
+from fl_merge.recipe import Recipe
 from fl_merge.store import SafetensorsSource
+from fl_merge.yaml_text import read_yaml
 
 app = typer.Typer(
     help="Federated learning in which model merging is the aggregation.",

@@ -225,10 +225,11 @@ def as_method(method: object) -> MergeMethod:
 
 
 def sends(method: object) -> tuple[str, ...]:
-    """What a method, and those that it is made of, need from clients beyond their models: "fisher", "gram", "steps"."""
+    """What a method, and those that it is made of, need of clients: of "fisher", "gram", "hidden" and "steps"."""
     found: list[str] = []
     if isinstance(method, Method):
         found += METHODS[method.name].sends if method.name in METHODS else ()
+        found += getattr(method.shape, "sends", ())  # where it depends on the settings
         inside: list[object] = [*method.parameters.values(), method.shape]
     else:
         inside = list(getattr(method, "__dict__", {}).values())

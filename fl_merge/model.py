@@ -11,8 +11,9 @@ Suffix: S elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from fl_merge.exchange import exchange_of
 from fl_merge.execute import MergeReport, execute, merged_specs
 from fl_merge.lowrank import RESIDUAL, absent_modules, parted, relative_error
 from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
+from fl_merge.phases import Schedule
 from fl_merge.store import MemorySink, MemorySource
+from fl_merge.structures import reconfigure
 from fl_merge.tuning import Tuner, tune
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update, compute_dtype
 
@@ -47,6 +50,7 @@ class GlobalModel:
         optimizer_state: of the method's server optimizer, by name (`fl_merge.optimizers`), or the forms in which
             clients have their adapters (`fl_merge.exchange`). The next model takes it over
             and changes it.
+        architecture: the config from which clients build the model; empty where they know it themselves.
     """
 
     sent: Mapping[str, Tensor]
@@ -55,6 +59,7 @@ class GlobalModel:
     tied: Mapping[str, str] = field(default_factory=dict)
     encoded: Encoded = field(default_factory=dict, repr=False)
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    architecture: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def initial(
@@ -64,12 +69,14 @@ class GlobalModel:
         *,
         wire: torch.dtype | None = None,
         tied: Mapping[str, str] | None = None,
+        architecture: Mapping[str, Any] | None = None,
     ) -> GlobalModel:
         """The model that a run starts from, checked with all that can be known before clients are asked.
 
         Args:
             tensors, wire, tied: as for `of`.
-            method: that will merge.
+            method: that will merge, or a schedule of phases.
+            architecture: the model's config, for clients that build it from that.
 
         Raises:
             RecipeError: if there are no tensors, one is not finite, tied names do not fit, or the method does not fit
@@ -85,8 +92,11 @@ class GlobalModel:
                 raise RecipeError(f"tied: the model has no tensor '{name if name not in tensors else first}'")
             if first == name or first in (tied or {}) or not torch.equal(tensors[name], tensors[first]):
                 raise RecipeError(f"tied: '{name}' is not a second name of the tensor '{first}'")
-        model = cls.of(tensors, wire=wire, tied=tied)
+        model = replace(cls.of(tensors, wire=wire, tied=tied), architecture=dict(architecture or {}))
         specs = {name: spec for name, spec in model.specs().items() if name not in model.tied}
+        if isinstance(method, Schedule):
+            method.check(specs, architecture)
+            return model
         planned = merged_specs(method, specs)
         if exchange_of(method) is not None:
             if tied:
@@ -201,6 +211,67 @@ class GlobalModel:
         notes = {**report.notes, **absent_modules(cohort.spec())}
         return model, replace(report, notes=notes, found=found)
 
+    def restructured(
+        self,
+        method: MergeMethod,
+        updates: tuple[Update, ...],
+        *,
+        seed: int,
+        round_number: int,
+        wire: torch.dtype | None = None,
+    ) -> tuple[GlobalModel, MergeReport]:
+        """The next global model by a method that changes names and shapes, and its new architecture.
+
+        What the master has beyond what clients were sent (the rest of a rounding) does not go over.
+
+        Raises:
+            MergeError: as `execute` and `of`, or if the method does not fit the architecture.
+        """
+        base = {name: tensor.to(self.dtypes[name]) for name, tensor in self.sent.items()}
+        cohort = Cohort(MemorySource(base, self.tied), updates, seed, round_number)
+        architecture = dict(self.architecture)
+        if architecture:
+            try:
+                architecture = reconfigure(architecture, method, len(updates))
+            except RecipeError as error:  # so many clients could not be known before
+                raise MergeError(str(error)) from None
+        sink = MemorySink()
+        report = execute(method, cohort, sink, master=True)
+        dtypes = {output.name: output.spec.dtype for output in method.plan(cohort.spec())}
+        tied = {name: first for name, first in self.tied.items() if {name, first} <= sink.tensors.keys()}
+        dtypes |= {name: dtypes[first] for name, first in tied.items()}
+        model = GlobalModel.of(sink.tensors, wire=wire, dtypes=dtypes, tied=tied)
+        return replace(model, architecture=architecture), report
+
+    def part(self, names: Collection[str]) -> GlobalModel:
+        """The model with some of its tensors alone, for a round in which clients train only these.
+
+        Raises:
+            RecipeError: if of two tied names only one is there.
+        """
+        for name, first in self.tied.items():
+            if (name in names) != (first in names):
+                raise RecipeError(f"train: '{name}' and '{first}' are one tensor: wanted both or neither")
+        wanted = [name for name in self.sent if name in names]
+        return replace(
+            self,
+            sent={name: self.sent[name] for name in wanted},
+            kept={name: self.kept[name] for name in wanted if name in self.kept},
+            dtypes={name: self.dtypes[name] for name in wanted},
+            tied={name: first for name, first in self.tied.items() if name in wanted},
+            encoded={key: data for key, data in self.encoded.items() if key[0] in wanted},
+        )
+
+    def with_part(self, part: GlobalModel) -> GlobalModel:
+        """The model with the tensors of `part` in place of its own; all else keeps its bits."""
+        return replace(
+            self,
+            sent={name: part.sent.get(name, tensor) for name, tensor in self.sent.items()},
+            kept={n: t for n, t in self.kept.items() if n not in part.sent} | dict(part.kept),
+            encoded={key: data for key, data in self.encoded.items() if key[0] not in part.sent} | dict(part.encoded),
+            optimizer_state=part.optimizer_state,
+        )
+
     def sink(self) -> EncodedSink:
         """Where the model that comes after this one is merged to."""
         return EncodedSink({name: {self.dtypes[name], tensor.dtype} for name, tensor in self.sent.items()})
@@ -235,7 +306,7 @@ class GlobalModel:
             if name in self.kept and name not in stepped:
                 _add_difference(merged_tensor, self.kept[name], self.sent[name])
         model = GlobalModel.of(merged.tensors, wire=wire, dtypes=self.dtypes, tied=self.tied, encoded=merged.encoded)
-        return replace(model, optimizer_state=state)
+        return replace(model, optimizer_state=state, architecture=self.architecture)
 
 
 class EncodedSink(MemorySink):

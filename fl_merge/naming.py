@@ -6,8 +6,10 @@
                         (C, C), or (C + 1, C + 1) with a constant 1 as the last input, for MODULE.bias
                         (groups, C, C) likewise for a convolution of several groups
                         (V,) for an embedding: how often each of its V rows was looked up
+    hidden/LAYER        (H,), for `moe_upcycle(router="hidden")`: the mean of what that layer's MLP reads
 
-C is the number of columns of the weight taken as (out, rest). All are sums, not means: two clients' add up.
+C is the number of columns of the weight taken as (out, rest). All but `hidden` are sums, not means: two clients'
+add up.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fl_merge.types import TensorSpec
 COUNT = "count"
 FISHER = "fisher"
 GRAM = "gram"
-STATISTICS = (FISHER, GRAM)
+HIDDEN = "hidden"
+STATISTICS = (FISHER, GRAM, HIDDEN)
 """The kinds of statistics that a method may ask for."""
 
 
@@ -33,6 +36,11 @@ def fisher_of(tensor: str) -> str:
 def gram_of(module: str) -> str:
     """The name of a layer's Gram matrix."""
     return f"{GRAM}/{module}"
+
+
+def hidden_of(layer: int) -> str:
+    """The name of the mean of what a layer's MLP reads."""
+    return f"{HIDDEN}/{layer}"
 
 
 def member(module: str, what: str) -> str:
@@ -71,8 +79,21 @@ class GramLayout:
         return cls(groups, columns, constant=gram[-1] == columns + 1)
 
 
-def misfit(name: str, found: TensorSpec, base: Mapping[str, TensorSpec], kinds: tuple[str, ...]) -> str | None:
-    """What is wrong with a statistic's name, shape or dtype, for this base; None if nothing is."""
+def misfit(
+    name: str,
+    found: TensorSpec,
+    base: Mapping[str, TensorSpec],
+    kinds: tuple[str, ...],
+    hidden: Mapping[str, TensorSpec] | None = None,
+) -> str | None:
+    """What is wrong with a statistic's name, shape or dtype, for this base; None if nothing is.
+
+    Args:
+        name, found: of the statistic.
+        base: the base's tensors.
+        kinds: that were asked for.
+        hidden: the means of hidden states that the base has, by name.
+    """
     kind, _, of = name.partition("/")
     if name == COUNT:
         return None if found.numel == 1 else f"shape {found.shape}, wanted one number"
@@ -84,6 +105,11 @@ def misfit(name: str, found: TensorSpec, base: Mapping[str, TensorSpec], kinds: 
         if of not in base or not base[of].is_floating:
             return f"the base has no floating tensor '{of}'"
         return None if found.shape == base[of].shape else f"shape {found.shape}, the tensor has {base[of].shape}"
+    if kind == HIDDEN:
+        wide = (hidden or {}).get(name)
+        if wide is None:
+            return f"the base has no layer '{of}' with an MLP"
+        return None if found.shape == wide.shape else f"shape {found.shape}, what the MLP reads has {wide.shape}"
     weight = base.get(member(of, "weight"))
     if weight is None or not weight.is_floating:
         return f"the base has no floating tensor '{member(of, 'weight')}'"

@@ -6,18 +6,20 @@
       - {match: "*norm*", merge_method: weighted_average}
 
 `merge_method: my_module:my_method` names a method of the user's own.
+
+    phases:                                 # of a federation, one after the other (`fl_merge.phases`)
+      - {rounds: 1-3, merge_method: weighted_average}
+      - {merge_method: moe_upcycle, parameters: {router: hidden}}
+      - {rounds: 4, train: router, merge_method: weighted_average}
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fl_merge.clipping import Clipped, clip_norm
 from fl_merge.errors import RecipeError
@@ -25,9 +27,12 @@ from fl_merge.execute import merged_specs
 from fl_merge.hyperparameters import nearest
 from fl_merge.method import METHODS, Method, Partition, build, partition
 from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
+from fl_merge.phases import Phase, Schedule, parse_rounds, phase, schedule
 from fl_merge.types import MergeMethod, TensorSpec
+from fl_merge.yaml_text import from_yaml, read_yaml, to_yaml
 
 _KEYS = ("merge_method", "parameters", "rules", "clip_norm", "server_optimizer")
+_PHASE_KEYS = ("rounds", "train", "config", *_KEYS)
 _RULE_KEYS = ("match", "merge_method", "parameters")
 
 
@@ -41,6 +46,33 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class PhaseRecipe:
+    """Rounds of a federation that do the same.
+
+    Args:
+        recipe: how they merge.
+        rounds: how many; None for all that are left.
+        first: the number of the first round, where the recipe says it.
+        train: what clients train and send.
+        config: what else clients are told.
+    """
+
+    recipe: Recipe
+    rounds: int | None = None
+    first: int | None = None
+    train: tuple[str, ...] = ("all",)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> Phase:
+        """The phase that this describes.
+
+        Raises:
+            RecipeError: as `Recipe.build` and `phase`.
+        """
+        return phase(self.recipe.build(), self.rounds, train=self.train, config=self.config)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to merge, as data.
 
@@ -50,6 +82,7 @@ class Recipe:
         rules: other methods for some tensors; the first match wins.
         clip_norm: `max_norm` or `quantile`; empty for none.
         server_optimizer: `name`, its settings, and `skip`; empty for none.
+        phases: of a federation; all else is then empty.
     """
 
     merge_method: str
@@ -57,6 +90,7 @@ class Recipe:
     rules: Sequence[Rule] = ()
     server_optimizer: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: Mapping[str, Any] = field(default_factory=dict)
+    phases: Sequence[PhaseRecipe] = ()
 
     def build(self, base: Mapping[str, TensorSpec] | None = None) -> MergeMethod:
         """The method that the recipe describes.
@@ -68,6 +102,11 @@ class Recipe:
         Raises:
             RecipeError: for an unknown method or parameter, a value out of range, a rule that matches nothing.
         """
+        if self.phases:
+            planned = _schedule(self.phases)
+            if base is not None:
+                planned.check(base)
+            return planned
         method: MergeMethod = build(self.merge_method, **self.parameters)
         if self.rules:
             rules = []
@@ -110,6 +149,13 @@ class Recipe:
         Raises:
             RecipeError: for a key that is unknown or missing, or a value of the wrong kind.
         """
+        if isinstance(content, Mapping) and "phases" in content:
+            _mapping("a recipe of phases", content, ("phases",))
+            if not isinstance(content["phases"], list) or not content["phases"]:
+                raise RecipeError(
+                    f"phases: found {content['phases']!r}, wanted a list of {{rounds, merge_method, ...}}"
+                )
+            return cls("", phases=tuple(_phase(number, each) for number, each in enumerate(content["phases"], start=1)))
         keys = _mapping("the recipe", content, _KEYS)
         rules = keys.get("rules") or []
         if not isinstance(rules, list):
@@ -150,7 +196,7 @@ class Recipe:
                 raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}{key[len(table) :]}'?")
         try:
             parameters = _nested(_table("parameters", config))
-            listed = _from_yaml(config.get("rules"))
+            listed = from_yaml(config.get("rules"))
             rules = (
                 listed
                 if isinstance(listed, list)
@@ -173,6 +219,10 @@ class Recipe:
     @classmethod
     def of(cls, method: MergeMethod) -> Recipe | None:
         """The recipe that builds this method; None for one that no recipe can name (an object of the user's own)."""
+        if isinstance(method, Schedule):
+            inside = [(each, cls.of(each.method)) for each in method.phases]
+            phases = [PhaseRecipe(r, e.rounds, None, e.train, dict(e.config)) for e, r in inside if r is not None]
+            return cls("", phases=tuple(phases)) if len(phases) == len(inside) else None
         if isinstance(method, ServerOptimized):
             inner = cls.of(method.method)
             settings: dict[str, Any] = {"name": method.optimizer.name, **method.optimizer.settings}
@@ -195,6 +245,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file that `load` reads back."""
+        return to_yaml(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        if self.phases:
+            return {"phases": [_phase_content(each) for each in self.phases]}
         content: dict[str, Any] = {"merge_method": self.merge_method}
         if self.parameters:
             content["parameters"] = _plain(self.parameters)
@@ -208,51 +263,7 @@ class Recipe:
             content["clip_norm"] = _plain(self.clip_norm)
         if self.server_optimizer:
             content["server_optimizer"] = _plain(self.server_optimizer)
-        return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
-
-
-def read_yaml(path: str | Path) -> object:
-    """What a recipe's file holds, as plain data.
-
-    Raises:
-        RecipeError: naming the file, if it cannot be read or is not YAML.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"recipe '{path}': {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"recipe '{path}': not a text file in UTF-8") from None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe '{path}': not valid YAML: {' '.join(str(error).split())}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number, the key `on` is text, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:bool":
-                key.tag = "tag:yaml.org,2002:str"
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: the text '1e5' in quotes."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
+        return content
 
 
 def _settings(method: Method) -> dict[str, Any]:
@@ -284,19 +295,11 @@ def _table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     table = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
     text = config.get(name)
     if text:
-        parsed = _from_yaml(text)
+        parsed = from_yaml(text)
         if not isinstance(parsed, Mapping):
             raise RecipeError(f"{name}: found {text!r}, wanted YAML such as '{{key: value}}'")
         table |= dict(parsed)
     return table
-
-
-def _from_yaml(text: object) -> object:
-    """What a string of YAML holds; None if there is none or it is not YAML."""
-    try:
-        return yaml.load(str(text), Loader=_Loader) if text else None
-    except yaml.YAMLError:
-        return None
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,7 +334,7 @@ def _wrapper(key: str, content: Mapping[str, Any], short: str, example: str) -> 
     value = content.get(key)
     if value is None:
         return {}
-    parsed = _from_yaml(value) if isinstance(value, str) else value
+    parsed = from_yaml(value) if isinstance(value, str) else value
     if isinstance(parsed, str | int | float) and not isinstance(parsed, bool):
         parsed = {short: parsed}
     if not isinstance(parsed, Mapping) or not parsed or not all(isinstance(name, str) for name in parsed):
@@ -348,6 +351,53 @@ def _rule(number: int, content: object) -> Rule:
         return Rule(keys["match"], _text("merge_method", keys), _parameters("parameters", keys))
     except RecipeError as error:
         raise RecipeError(f"{where} ('{keys['match']}'): {error}") from None
+
+
+def _phase(number: int, content: object) -> PhaseRecipe:
+    where = f"phase {number}"
+    keys = dict(_mapping(where, content, _PHASE_KEYS))
+    first, count = parse_rounds(where, keys.pop("rounds", None))
+    train, config = keys.pop("train", "all"), keys.pop("config", None) or {}
+    globs = tuple(train) if isinstance(train, list) else (train,)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise RecipeError(f"{where}: train: found {train!r}, wanted all, router, or globs on names of tensors")
+    if not isinstance(config, Mapping):
+        raise RecipeError(f"{where}: config: found {config!r}, wanted a mapping such as {{local-steps: 100}}")
+    try:
+        return PhaseRecipe(Recipe.from_dict(keys), count, first, globs, dict(config))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _schedule(phases: Sequence[PhaseRecipe]) -> Schedule:
+    """The phases with their methods, each where its rounds are said to be.
+
+    Raises:
+        RecipeError: naming the phase that overlaps the one before it, leaves a gap, or makes no sense by itself.
+    """
+    built: list[Phase] = []
+    last: int | None = 0
+    for number, each in enumerate(phases, start=1):
+        try:
+            built.append(each.build())
+        except RecipeError as error:
+            raise RecipeError(f"phase {number}: {error}") from None
+        if each.first is not None and last is not None and each.first != last + 1:
+            what = "overlaps the one before, which ends with" if each.first <= last else "leaves a gap after"
+            raise RecipeError(f"phase {number}: it begins with round {each.first} and {what} round {last}")
+        last = None if last is None or built[-1].rounds is None else last + (built[-1].rounds or 0)
+    return schedule(built)
+
+
+def _phase_content(each: PhaseRecipe) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if each.rounds is not None:
+        content["rounds"] = each.rounds
+    if each.train != ("all",):
+        content["train"] = list(each.train)
+    if each.config:
+        content["config"] = dict(each.config)
+    return content | each.recipe._content()
 
 
 def _plain(value: Any) -> Any:

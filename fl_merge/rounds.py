@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_metrics, check_update
-from fl_merge.errors import DecodeError, MergeError, UpdateError, one_line
+from fl_merge.errors import DecodeError, MergeError, TensorMismatchError, UpdateError, one_line
 from fl_merge.exchange import Form, exchange_of, expected, forms_as_state, plain, reported
 from fl_merge.execute import MergeReport
 from fl_merge.method import sends
 from fl_merge.model import GlobalModel
 from fl_merge.naming import STATISTICS
 from fl_merge.optimizers import optimizer_of
+from fl_merge.phases import changes_structure
 from fl_merge.running import RunningSum
 from fl_merge.running_products import RunningProducts
 from fl_merge.spill import Spill
@@ -97,6 +98,7 @@ class Round:
             is then the sum's, to a last place what it is otherwise. If an update is added to it in part the round makes
             no model.
         tuner: chooses how far to go along the merged delta.
+        asked: what clients were asked for, said to those whose tensors do not fit.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Round:
         spill: Spill | None = None,
         running: RunningSum | RunningProducts | None = None,
         tuner: Tuner | None = None,
+        asked: str = "",
     ) -> None:
         self.number = number
         self.sampled = sampled
@@ -127,6 +130,7 @@ class Round:
         self._spill = spill
         self._running = running
         self._tuner = tuner
+        self._asked = asked
         self._statistics = asked_statistics(method)
         self._not_kept: str | None = None
         self._updates: dict[str, Update] = {}
@@ -179,7 +183,8 @@ class Round:
             elif self._spill is not None:
                 update = self._spill.keep(update)
         except UpdateError as error:
-            return self.refuse(client_id, error.problem, error.tensor)
+            asked = f"; {self._asked}" if self._asked and isinstance(error, TensorMismatchError) else ""
+            return self.refuse(client_id, error.problem + asked, error.tensor)
         except MergeError as error:  # no fault of this client's
             self._not_kept = str(error)
             return self.refuse(client_id, "the server could not keep it")
@@ -247,6 +252,10 @@ class Round:
             return self._model.next(sink, wire=self._wire, optimized=optimizer_of(self._method)), merge
         products = self._running if isinstance(self._running, RunningProducts) else None
         updates = tuple(self._updates.values()) if products is None else (products.total(),)
+        if changes_structure(self._method):
+            return self._model.restructured(
+                self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire
+            )
         model, merge = self._model.merged(
             self._method, updates, seed=self._seed, round_number=self.number, wire=self._wire, tuner=self._tuner
         )
@@ -259,7 +268,7 @@ class Round:
 
 
 def asked_statistics(method: MergeMethod) -> tuple[str, ...]:
-    """The kinds of statistics that clients have to send for a method: of "fisher" and "gram"."""
+    """The kinds of statistics that clients have to send for a method: of "fisher", "gram" and "hidden"."""
     return tuple(kind for kind in sends(method) if kind in STATISTICS)
 
 

@@ -1,5 +1,6 @@
 """What a client computes of its data for methods that ask for it: Gram matrices of layer inputs, diagonal Fisher
-information. Torch only; names and shapes are those of `fl_merge.naming`. docs/statistics.md says what they reveal.
+information, mean hidden states. Torch only; names and shapes are those of `fl_merge.naming`. docs/statistics.md says
+what they reveal.
 
 Suffixes: B examples, C columns (inputs of a layer), K classes, R rows (vectors that a layer is applied to), G groups.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_merge.errors import RecipeError
-from fl_merge.naming import COUNT, FISHER, GRAM, STATISTICS, fisher_of, gram_of
+from fl_merge.naming import COUNT, FISHER, GRAM, HIDDEN, STATISTICS, fisher_of, gram_of, hidden_of
+from fl_merge.structures.rows import mlp_modules
 
 MAX_EXACT = 4096
 """Classes times positions of one example up to which the expectation over the classes is worked out in full."""
@@ -35,7 +37,7 @@ def collect(
     samples: int = 0,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Sums over a client's examples, for `regmean` ("gram") and `fisher`.
+    """Sums over a client's examples, for `regmean` ("gram") and `fisher`; means for `moe_upcycle` ("hidden").
 
     The model runs in eval mode (no dropout, fixed batch statistics) and is left as it was found. The first examples are
     taken: shuffle them if they are sorted.
@@ -45,7 +47,8 @@ def collect(
         batches: a tensor of inputs, or (inputs, ...), or a mapping of keyword arguments (from which "labels" is left
             out); examples along the first dimension. With an "attention_mask" (B, T), positions where it is 0 count for
             nothing. The labels are not used: the Fisher information is an expectation over the model's own classes.
-        which: "gram", "fisher" or both.
+        which: of "gram", "fisher" and "hidden" (the mean of what each layer's MLP reads, of dense models that
+            `moe_upcycle` knows).
         max_examples: no more are used.
         forward: from the model and a batch to logits (B, K) or (B, T, K), in place of calling the model.
         samples: 0 for the exact expectation over the classes. For models with many classes or positions: this many
@@ -53,7 +56,8 @@ def collect(
         generator: of these draws.
 
     Returns:
-        "count", and float32 sums by name. Layers that the model did not call as modules are not among them.
+        "count", and float32 sums (of "hidden" means) by name. Layers that the model did not call as modules are not
+        among them.
 
     Raises:
         RecipeError: for a kind that does not exist, no examples, or too many classes for the exact expectation.
@@ -65,6 +69,7 @@ def collect(
         raise RecipeError(f"statistics: max_examples {max_examples}, samples {samples}: wanted >= 1 and >= 0")
     run = forward or _logits
     sums: dict[str, Tensor] = {}
+    reads: dict[str, tuple[Tensor, int]] = {}
     count = 0
     with _evaluating(model):
         for batch in batches:
@@ -72,6 +77,9 @@ def collect(
             size = _size(batch)
             if GRAM in kinds:
                 with torch.no_grad(), _inputs_added(model, sums, _mask(batch)):
+                    run(model, batch)
+            if HIDDEN in kinds:
+                with torch.no_grad(), _reads_added(model, reads, _mask(batch)):
                     run(model, batch)
             if FISHER in kinds:
                 for example in (_slice(batch, at, at + 1) for at in range(size)):
@@ -81,6 +89,7 @@ def collect(
                 break
     if count == 0:
         raise RecipeError("statistics: there are no examples")
+    sums |= {name: total / rows for name, (total, rows) in reads.items()}
     return {COUNT: torch.tensor(float(count))} | {name: total.float().cpu() for name, total in sums.items()}
 
 
@@ -174,6 +183,32 @@ def _gram(module: nn.Module, value: Tensor, mask_BT: Tensor | None) -> Tensor:
         rows_GRC = functional.pad(rows_GRC, (0, 1), value=1.0)
     gram_GCC = (rows_GRC.mT @ rows_GRC).double()
     return gram_GCC[0] if len(gram_GCC) == 1 else gram_GCC
+
+
+@contextlib.contextmanager
+def _reads_added(model: nn.Module, reads: dict[str, tuple[Tensor, int]], mask_BT: Tensor | None) -> Iterator[None]:
+    """While it lasts, what each layer's MLP is given is added to its sum, and counted."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, given: tuple[Any, ...]) -> None:
+            rows_RH = _present(given[0].detach(), mask_BT, 1).reshape(-1, given[0].shape[-1]).double()
+            total, count = reads.get(name, (torch.zeros(rows_RH.shape[1], dtype=torch.float64), 0))
+            reads[name] = total + rows_RH.sum(0).cpu(), count + len(rows_RH)
+
+        return add
+
+    modules = mlp_modules(model.state_dict())
+    if not modules:
+        raise RecipeError("statistics: 'hidden' is for dense models that moe_upcycle knows; this one is none of them")
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(hook(hidden_of(number)))
+        for number, module in enumerate(modules)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _present(value: Tensor, mask_BT: Tensor | None, inner: int) -> Tensor:

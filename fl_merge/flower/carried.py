@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
@@ -21,16 +23,24 @@ class CarriedModel:
         method: that will merge.
         wire: the floating dtype in which clients are sent it; None for the model's own.
         tied: names that are another name's tensor.
+        architecture: the config of the model that a run starts from, where clients build the model from it.
 
     Attributes:
         record: the model as it is given out; None before `adopt`.
         wire_record: as clients are sent it.
     """
 
-    def __init__(self, method: MergeMethod, wire: torch.dtype | None, tied: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        method: MergeMethod,
+        wire: torch.dtype | None,
+        tied: Mapping[str, str],
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
         self.record: ArrayRecord | None = None
         self.wire_record: ArrayRecord | None = None
         self._method, self._wire, self._tied = method, wire, tied
+        self._architecture = architecture
         self._model: GlobalModel | None = None
         self._exchange = exchange_of(method)
         self._downlinks: Downlinks | None = None
@@ -55,7 +65,9 @@ class CarriedModel:
         """
         if arrays is self.record:
             return
-        self._model = GlobalModel.initial(views(arrays), self._method, wire=self._wire, tied=self._tied)
+        self._model = GlobalModel.initial(
+            views(arrays), self._method, wire=self._wire, tied=self._tied, architecture=self._architecture
+        )
         self.record = arrays
         self._downlinks = None
         self.wire_record = arrays if self._wire is None else to_record(self._model.sent, encoded=self._model.encoded)
@@ -75,6 +87,11 @@ class CarriedModel:
         self._downlinks = None
         self._model, self.record = model, to_record(model.tensors(), encoded=model.encoded)
         self.wire_record = self.record if self._wire is None else to_record(model.sent, encoded=model.encoded)
+
+    def begin_phase(self) -> None:
+        """Forget the state of the server optimizer: the next phase has its own."""
+        if self.model.optimizer_state:
+            self._model = replace(self.model, optimizer_state={})
 
     def sent_to(self, client: str, seed: int, server_round: int) -> tuple[ArrayRecord, dict[str, bool | str]]:
         """What a client is sent, and what is said of it in the message's config: nothing, but of adapters."""

@@ -14,6 +14,7 @@ Clients that use Flower's own `to_torch_state_dict` and `ArrayRecord` work as we
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,15 @@ from torch import Tensor, nn
 
 from fl_merge.errors import DecodeError
 from fl_merge.exchange import FITTED, fit
-from fl_merge.flower.records import STATISTICS_KEY, STATISTICS_RECORD, to_record, to_tensors
+from fl_merge.flower.records import (
+    ARCHITECTURE_KEY,
+    STATISTICS_KEY,
+    STATISTICS_RECORD,
+    TRAIN_KEY,
+    to_record,
+    to_tensors,
+)
+from fl_merge.phases import ALL, trained_names
 from fl_merge.statistics import collect
 
 
@@ -77,7 +86,8 @@ def reply(
 
     Args:
         message: what is replied to.
-        tensors: the trained model's state dict; None for an evaluation.
+        tensors: the trained model's state dict, of which what the server asked for is sent (`trained_of`: all, but in
+            rounds that train a part); None for an evaluation.
         num_examples: the client's weight.
         metrics: numbers to report beside it.
         dtype: send floating tensors in this dtype ("bfloat16" halves the uplink of float32); None as they are.
@@ -86,18 +96,46 @@ def reply(
     """
     content = RecordDict({"metrics": MetricRecord({**(metrics or {}), weighted_by_key: num_examples})})
     if tensors is not None:
-        content["arrays"] = to_record(tensors, dtype)
+        asked = trained_of(message, tensors)
+        content["arrays"] = to_record({name: tensors[name] for name in asked}, dtype)
     if statistics:
         content[STATISTICS_RECORD] = to_record(statistics)
     return Message(content, reply_to=message)
 
 
+def architecture_of(message: Message) -> dict[str, Any] | None:
+    """The config of the model that the server sent; None from a server that does not know it.
+
+    A run may change its model between two rounds (`fl_merge.phases`), so a client builds it from this each time.
+    """
+    text = _said(message, ARCHITECTURE_KEY)
+    return dict(json.loads(text)) if text else None
+
+
+def trained_of(message: Message, names: Iterable[str]) -> list[str]:
+    """Of the model's tensors those that the client is to train and to send; all, if the server says nothing of it.
+
+    Args:
+        message: to train, from the server.
+        names: of the model's tensors, as the server calls them.
+
+    Raises:
+        RecipeError: for a part that the model does not have.
+    """
+    text = _said(message, TRAIN_KEY)
+    return trained_names(tuple(text.split(",")) if text else ALL, names)
+
+
+def _said(message: Message, key: str) -> str:
+    """What the server says under a key of the message's config; empty for nothing."""
+    configs = (record for record in message.content.values() if isinstance(record, ConfigRecord))
+    return next((str(record[key]) for record in configs if record.get(key)), "")
+
+
 def statistics_asked(message: Message) -> tuple[str, ...]:
-    """The kinds of statistics that the server's method needs from this client: of "fisher" and "gram"; often none."""
-    for record in message.content.values():
-        if isinstance(record, ConfigRecord) and record.get(STATISTICS_KEY):
-            return tuple(str(record[STATISTICS_KEY]).split(","))
-    return ()
+    """The kinds of statistics that the server's method needs ("fisher", "gram", "hidden"); often none."""
+    text = _said(message, STATISTICS_KEY)
+    return tuple(text.split(",")) if text else ()
 
 
 def collect_if_asked(

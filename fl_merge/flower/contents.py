@@ -127,11 +127,20 @@ class Evaluations:
         except UpdateError as error:
             self.refused[client_id] = Refusal(client_id, one_line(error.problem), error.tensor)
 
-    def end(self) -> None:
-        """Nothing more comes: who was asked and did not reply is refused."""
+    def end(self, function: MetricsFunction | None = None) -> MetricRecord | None:
+        """Nothing more comes: who was asked and did not reply is refused.
+
+        Args:
+            function: as for `metrics_of`.
+
+        Returns:
+            The round's metrics; None if there are none.
+        """
         for client_id in self._asked:
             if client_id not in self.reports and client_id not in self.refused:
                 self.refused[client_id] = Refusal(client_id, "no reply before the deadline")
+        log_refused(tuple(self.refused.values()), len(self.reports), "evaluate")
+        return metrics_of(function, self.contents, self.reports, self._weighted_by_key) if self.reports else None
 
 
 def client_of(reply: Message, asked_by_id: Mapping[str, str]) -> str:

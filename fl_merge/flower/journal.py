@@ -10,6 +10,7 @@ from typing import Any
 from fl_merge.errors import RecipeError
 from fl_merge.flower.watch import Evaluation, Watcher
 from fl_merge.model import GlobalModel
+from fl_merge.phases import Phase
 from fl_merge.recipe import Recipe
 from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.runs.checkpoint import Checkpoint
@@ -74,6 +75,17 @@ class Journal(Watcher):
         if recipe is not None:
             self._folder.write_recipe(recipe.to_yaml())
 
+    def phase_started(self, round_number: int, number: int, phase: Phase) -> None:
+        self._folder.record(
+            "phase_started",
+            round=round_number,
+            phase=number,
+            method=str(phase.method),
+            rounds=phase.rounds,
+            train=phase.train,
+            config=phase.config,
+        )
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._folder.record("round_started", round=round_number, sampled=sampled)
 
@@ -90,6 +102,8 @@ class Journal(Watcher):
         self._folder.record("round_ended", report=report)
         if report.merge is not None:
             self._folder.write_model(model.tensors(), round=report.round_number)
+            if model.architecture:
+                self._folder.write_architecture(model.architecture)
 
     def checkpointed(self, checkpoint: Checkpoint) -> None:
         checkpoint.write(self._folder.path)

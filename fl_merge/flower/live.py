@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from fl_merge.flower.inprocess import Replied, Sent
 from fl_merge.flower.watch import Evaluation, Watcher
 from fl_merge.model import GlobalModel
+from fl_merge.phases import Phase
 from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.types import MergeMethod
 
@@ -86,6 +87,10 @@ class Live(Watcher):
     def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
         self.run_started(num_rounds, method)
         self._console.print(f"going on after round {after_round}", highlight=False)
+
+    def phase_started(self, round_number: int, number: int, phase: Phase) -> None:
+        train = "" if phase.trains_all else f", clients train {', '.join(phase.train)}"
+        self._console.print(f"phase {number}: {escape(str(phase.method) + train)}", highlight=False, soft_wrap=True)
 
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._round_started = time.perf_counter()

@@ -15,6 +15,12 @@ from fl_merge.types import TensorSpec
 STATISTICS_KEY = "fl-merge.statistics"
 """In the config of a message to train: the kinds of statistics that the client is asked for, joined with commas."""
 
+ARCHITECTURE_KEY = "fl-merge.architecture"
+"""In the config of every message: the config of the model that is sent, as JSON, where the server knows it."""
+
+TRAIN_KEY = "fl-merge.train"
+"""In the config of a message to train: what the client trains and sends, where that is not all ("router", globs)."""
+
 STATISTICS_RECORD = "statistics"
 """The name of the ArrayRecord in which a client sends them."""
 

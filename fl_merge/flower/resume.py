@@ -12,6 +12,7 @@ from fl_merge.errors import RecipeError
 from fl_merge.exchange import exchange_of
 from fl_merge.lowrank import RESIDUAL
 from fl_merge.model import GlobalModel
+from fl_merge.phases import Phase, as_schedule
 from fl_merge.recipe import Recipe
 from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.types import MergeMethod
@@ -54,6 +55,8 @@ class Resumption:
             raise RecipeError(f"{where}: the run merges with {checkpoint.method}, found {method}{advice}")
         if seed != checkpoint.seed:
             raise RecipeError(f"{where}: the run has seed {checkpoint.seed}, found {seed}{advice}")
+        if any(each.changes_structure for each in phases_done(method, checkpoint.round_number)):
+            return checkpoint  # its tensors are not those that the run began with
         wanted, found = checkpoint.model.specs(), initial.specs()
         if exchange_of(method) is not None:  # an adapter's ranks may have changed
             wanted = {name: found.get(name, spec) for name, spec in wanted.items() if not name.startswith(RESIDUAL)}
@@ -64,6 +67,12 @@ class Resumption:
                     f"{found.get(name, 'not')} in the initial one{advice}"
                 )
         return checkpoint
+
+
+def phases_done(method: MergeMethod, round_number: int) -> tuple[Phase, ...]:
+    """The phases of which a round has been done after so many rounds."""
+    schedule = as_schedule(method)
+    return schedule.phases[: schedule.number_at(round_number)]
 
 
 def checkpoint_of(method: MergeMethod, seed: int, round_number: int, model: GlobalModel) -> Checkpoint:

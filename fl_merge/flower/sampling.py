@@ -72,6 +72,30 @@ def sample(
     return sorted(chosen)
 
 
+def require_quorum(sampled: int, needed: int) -> None:
+    """Refuse a round that needs more replies than nodes are sampled.
+
+    Raises:
+        RecipeError: if it does.
+    """
+    if needed > sampled:
+        raise RecipeError(
+            f"{counted(sampled, 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
+            "(min_replies): no round could succeed; sample more nodes or lower min_replies"
+        )
+
+
+def log_settings(
+    method: object, sampling: dict[str, tuple[float, int]], at_least: int, needed: object, weighted_by: str, seed: int
+) -> None:
+    """Say how a run will merge, and whom it will ask."""
+    asked = " | ".join(f"{phase} {share:.2f} (at least {fewest})" for phase, (share, fewest) in sampling.items())
+    logger.info("\t├──> Merge method: %s", method)
+    logger.info("\t├──> Sampling: %s | of at least %d nodes", asked, at_least)
+    logger.info("\t├──> Usable replies that a round needs: %s", needed)
+    logger.info("\t└──> Weighted by: '%s'; seed %d", weighted_by, seed)
+
+
 def counted(number: int, one: str, many: str) -> str:
     """A number with its noun."""
     return f"{number} {one if number == 1 else many}"

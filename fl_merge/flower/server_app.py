@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -25,7 +27,7 @@ from torch import Tensor
 from fl_merge.errors import RecipeError
 from fl_merge.exchange import PLAIN, exchange_of
 from fl_merge.flower.journal import Journal
-from fl_merge.flower.records import to_record, to_tensors
+from fl_merge.flower.records import ARCHITECTURE_KEY, to_record, to_tensors
 from fl_merge.flower.resume import Resumption, goes_on_in, resuming, resumption_here
 from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
@@ -69,6 +71,7 @@ def make_server_app(
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
+    architecture: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> ServerApp:
     """A ServerApp that runs `FedMerge` as the run config says; the keys are those of `SETTINGS`.
 
@@ -76,13 +79,15 @@ def make_server_app(
         initial: from the run config to the initial state dict; by default `initial-model` names it.
         evaluate: from the run config, the round (0 before the first) and the global model to metrics. Its config has
             one key more, `lora-plain`: whether the model is an adapter in plain factors (alpha = rank).
+        architecture: from the run config to the config of the initial model, for clients that build the model from it.
+            `evaluate` is then given that of the model at hand in its own config, `fl-merge.architecture`, as JSON.
         tune: from the run config to what chooses each round's scale on validation data, or None.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(grid, context.run_config, initial, evaluate, tune)
+        run(grid, context.run_config, initial, evaluate, tune, architecture)
 
     return app
 
@@ -93,6 +98,7 @@ def run(
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
+    architecture: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> None:
     """One federation, from the run config to the run's folder.
 
@@ -130,14 +136,17 @@ def run(
         max_spill_bytes=int(settings["max-spill-bytes"]) or None,
         running_sum=bool(settings["running-sum"]),
         tune=tune(config) if tune is not None else None,
+        architecture=architecture(config) if architecture is not None else None,
         tied=tied,
         watchers=watchers,
     )
 
-    about = {**config, PLAIN: exchange_of(strategy.method) is not None}
+    told_of = {**config, PLAIN: exchange_of(strategy.method) is not None}
 
     def evaluated(server_round: int, model: ArrayRecord) -> MetricRecord:
         assert evaluate is not None
+        known = strategy.model.architecture
+        about = told_of | ({ARCHITECTURE_KEY: json.dumps(known)} if known else {})
         return MetricRecord(
             {key: float(value) for key, value in evaluate(about, server_round, to_tensors(model)).items()}
         )
@@ -146,7 +155,7 @@ def run(
         strategy.start(
             grid,
             handed.pop(),
-            num_rounds=int(settings["num-server-rounds"]),
+            num_rounds=int(settings["num-server-rounds"]) or strategy.schedule.total or 0,
             timeout=float(settings["round-timeout"]),
             evaluate_fn=evaluated if evaluate is not None else None,
         )

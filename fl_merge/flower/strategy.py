@@ -6,14 +6,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES
-from fl_merge.errors import MergeError, RecipeError
-from fl_merge.flower._malloc import give_back_large_blocks
+from fl_merge.errors import RecipeError
+from fl_merge.flower.asking import asked_for, content_for, told
 from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.contents import (
     Evaluations,
@@ -28,17 +29,18 @@ from fl_merge.flower.contents import (
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.keeping import SPILL_ABOVE_BYTES, Keeping
 from fl_merge.flower.loop import run_rounds
-from fl_merge.flower.records import STATISTICS_KEY
+from fl_merge.flower.phasing import Phasing
 from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.requests import Requests
 from fl_merge.flower.resume import Resumption, checkpoint_of, goes_on_in, resumption_here
-from fl_merge.flower.sampling import RunFailedError, counted, sample
+from fl_merge.flower.sampling import RunFailedError, log_settings, require_quorum, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
-from fl_merge.rounds import Round, RoundReport, asked_statistics, quorum
+from fl_merge.phases import as_schedule
+from fl_merge.rounds import Round, RoundReport, quorum
 from fl_merge.tuning import Tuner
 from fl_merge.types import MergeMethod
 
@@ -60,7 +62,7 @@ class FedMerge(Strategy):
     The sampling arguments are FedAvg's.
 
     Args:
-        method: a merge method, such as `ties(density=0.2)`, or its name for the defaults.
+        method: a merge method, such as `ties(density=0.2)`, or its name for the defaults; or a `schedule` of phases.
         fraction_train, fraction_evaluate: of the connected nodes that are sampled.
         min_train_nodes, min_evaluate_nodes: sampled at least.
         min_available_nodes: nodes to wait for before sampling.
@@ -89,6 +91,8 @@ class FedMerge(Strategy):
             whatever the order of arrival. Adapters are then added to a product of bounded rank in every round (see
             `fl_merge.running_products`).
         tune: chooses each round how far to go along the merged delta, by a score on the server's validation data.
+        architecture: the model's config (of Hugging Face's, say), which clients are sent in every round and which
+            follows when a phase changes the model; None where clients know how to build it.
         run_folder: where `start` leaves a journal, the latest model and a checkpoint to resume from; None for nowhere.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
@@ -122,6 +126,7 @@ class FedMerge(Strategy):
         spill_above_bytes: int | None = SPILL_ABOVE_BYTES,
         running_sum: bool = False,
         tune: Tuner | None = None,
+        architecture: Mapping[str, Any] | None = None,
         run_folder: str | Path | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
@@ -135,9 +140,13 @@ class FedMerge(Strategy):
         in_range("max_num_examples", max_num_examples, 0.0, open_low=True)
         in_range("node_timeout", node_timeout, 0.0)
         self.method = as_method(method)
-        self.statistics = asked_statistics(self.method)
+        self.schedule = as_schedule(self.method)
+        if tune is not None:
+            self.schedule.require_whole_models("tune")
         folder = None if spill_folder is None else Path(spill_folder)
-        self.keeping = Keeping(self.method, folder, max_spill_bytes, spill_above_bytes, running_sum)
+        self._phasing = Phasing(
+            self.schedule, lambda each: Keeping(each, folder, max_spill_bytes, spill_above_bytes, running_sum)
+        )
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
         self.min_train_nodes = min_train_nodes if fraction_train > 0 else 0
@@ -159,7 +168,7 @@ class FedMerge(Strategy):
         self.run_folder = run_folder
         self.watchers = tuple(watchers)
         self._journal: tuple[Journal, ...] = ()
-        self._carried = CarriedModel(self.method, self.wire_dtype, self.tied)
+        self._carried = CarriedModel(self.method, self.wire_dtype, self.tied, architecture)
         self._requests = Requests()
         self._merged_rounds = 0
         self._failures: list[str] = []
@@ -175,18 +184,12 @@ class FedMerge(Strategy):
 
     def summary(self) -> None:
         """Log the settings."""
-        logger.info("\t├──> Merge method: %s", self.method)
-        logger.info(
-            "\t├──> Sampling: train %.2f (at least %d) | evaluate %.2f (at least %d) | of at least %d nodes",
-            self.fraction_train,
-            self.min_train_nodes,
-            self.fraction_evaluate,
-            self.min_evaluate_nodes,
-            self.min_available_nodes,
-        )
+        asked = {
+            "train": (self.fraction_train, self.min_train_nodes),
+            "evaluate": (self.fraction_evaluate, self.min_evaluate_nodes),
+        }
         needed = self.min_replies or f"all less {self.max_failures:.0%}, at least 2"
-        logger.info("\t├──> Usable replies that a round needs: %s", needed)
-        logger.info("\t└──> Weighted by: '%s'; seed %d", self.weighted_by_key, self.seed)
+        log_settings(self.method, asked, self.min_available_nodes, needed, self.weighted_by_key, self.seed)
 
     def start(
         self,
@@ -216,6 +219,7 @@ class FedMerge(Strategy):
                 asked.
             RunFailedError: if no round made a model.
         """
+        self.schedule.require_rounds(num_rounds)
         resumption = Resumption(Path(resume), force) if resume else resumption_here()
         if self.run_folder is not None:
             self._journal = (Journal(self.run_folder, {}, resumed=goes_on_in(self.run_folder, resumption)),)
@@ -272,31 +276,18 @@ class FedMerge(Strategy):
         self._carried.adopt(arrays)
         if self.fraction_train == 0.0:
             return self._requests.ask_nobody()
+        begun = self._phasing.begun(server_round)
+        if begun is not None:
+            self._carried.begin_phase()
+            self._tell(lambda watcher: watcher.phase_started(server_round, *begun))
+        trained = self._phasing.trained(server_round, self.model)
         try:
             nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
-        except RunFailedError as error:
+            require_quorum(len(nodes), quorum(len(nodes), self.min_replies, self.max_failures))
+            self._phasing.make_room(server_round, len(nodes), trained, grid)  # before clients train for nothing
+        except (RunFailedError, RecipeError) as error:
             if self._merged_rounds == 0:
                 raise
-            return self._no_round(server_round, str(error))
-        needed = quorum(len(nodes), self.min_replies, self.max_failures)
-        if needed > len(nodes):
-            problem = (
-                f"{counted(len(nodes), 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
-                "(min_replies): no round could succeed; sample more nodes or lower min_replies"
-            )
-            if self._merged_rounds == 0:
-                raise RecipeError(problem)
-            return self._no_round(server_round, problem)
-        try:
-            with self.keeping.spill(len(nodes), self.model) as spill:
-                if spill is not None:
-                    give_back_large_blocks()
-                    spill.open()
-                if isinstance(grid, RepliesAsTheyCome):
-                    grid.sparing = spill is not None
-        except MergeError as error:  # before clients train for nothing
-            if self._merged_rounds == 0:
-                raise RunFailedError(str(error)) from error
             return self._no_round(server_round, str(error))
         self._tell(lambda watcher: watcher.round_started(server_round, tuple(str(node) for node in nodes)))
         return self._messages(server_round, config, nodes, MessageType.TRAIN)
@@ -306,6 +297,7 @@ class FedMerge(Strategy):
         logger.error("round %d made no model, the old one stands: %s", server_round, why)
         report = RoundReport(server_round, (), (), (), None, why, 0.0)
         self._tell(lambda watcher: watcher.round_ended(report, self.model))
+        self._phasing.require_structure(server_round, why)
         return self._requests.ask_nobody()
 
     def aggregate_train(
@@ -319,13 +311,15 @@ class FedMerge(Strategy):
         asked = self._requests.clients
         if not asked:
             return None, None
+        phase, keeping = self._phasing.phase(server_round), self._phasing.keeping(server_round)
+        trained = self._phasing.trained(server_round, self.model)
         contents: dict[str, RecordDict] = {}
         askers = self._requests.by_id()
-        with self.keeping.spill(len(asked), self.model) as spill:
+        with keeping.spill(len(asked), trained) as spill:
             collected = Round(
                 server_round,
-                self.model,
-                self.method,
+                trained,
+                phase.method,
                 asked,
                 min_replies=self.min_replies,
                 max_failures=self.max_failures,
@@ -333,17 +327,18 @@ class FedMerge(Strategy):
                 max_num_examples=self.max_num_examples,
                 wire=self.wire_dtype,
                 spill=spill,
-                running=self.keeping.sum_in(spill, self.model, self.seed, server_round),
+                running=keeping.sum_in(spill, trained, self.seed, server_round),
                 tuner=self.tune,
+                asked=asked_for(phase, self.model.architecture),
             )
+            keep = self.train_metrics_aggr_fn is not None  # else nobody will ask
             for message in replies:
-                client_id = client_of(message, askers)
-                started = time.perf_counter()
+                client_id, started = client_of(message, askers), time.perf_counter()
                 refusal = take_in(collected, client_id, message, self.weighted_by_key)
                 seconds = time.perf_counter() - started
                 for watcher in self._watchers():
                     watcher.replied(server_round, client_id, refusal, seconds)
-                if refusal is None and self.train_metrics_aggr_fn is not None:  # else nobody will ask
+                if refusal is None and keep:
                     contents[client_id] = message.content if spill is None else without_arrays(message.content)
                 del message  # or it would stay until the next one is there
             model, report = collected.merge()
@@ -356,11 +351,13 @@ class FedMerge(Strategy):
         else:
             self._merged_rounds += 1
             log_notes(report)
+            model = self._phasing.whole(server_round, self.model, model)
             self._carried.follow(model)
             accepted = {entry.client_id: (entry.num_examples, entry.metrics) for entry in report.accepted}
             metrics = metrics_of(self.train_metrics_aggr_fn, contents, accepted, self.weighted_by_key)
         self._tell(lambda watcher: watcher.round_ended(report, self.model))
         if model is None:
+            self._phasing.require_structure(server_round, str(report.failure))
             return None, None
         checkpoint = checkpoint_of(self.method, self.seed, server_round, model)
         self._tell(lambda watcher: watcher.checkpointed(checkpoint))
@@ -390,12 +387,8 @@ class FedMerge(Strategy):
             found.take_in(client_of(message, askers), message)
         if not asked:
             return None
-        found.end()
+        metrics = found.end(self.evaluate_metrics_aggr_fn)
         refused = tuple(found.refused.values())
-        log_refused(refused, len(found.reports), "evaluate")
-        metrics = None
-        if found.reports:
-            metrics = metrics_of(self.evaluate_metrics_aggr_fn, found.contents, found.reports, self.weighted_by_key)
         evaluation = Evaluation(server_round, found.reports, refused, dict(metrics or {}))
         self._tell(lambda watcher: watcher.clients_evaluated(evaluation))
         return metrics
@@ -414,19 +407,12 @@ class FedMerge(Strategy):
         )
 
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
-        settings = config.copy()
-        settings["server-round"] = server_round
-        if message_type == MessageType.TRAIN and self.statistics:
-            settings[STATISTICS_KEY] = ",".join(self.statistics)
-        shared: dict[int, RecordDict] = {}  # of clients that are sent the same model: all, but of adapters
-
-        def content_for(node: int) -> RecordDict:
-            arrays, about = self._carried.sent_to(str(node), self.seed, server_round)
-            if id(arrays) not in shared:
-                config = settings.copy()
-                for key, value in about.items():
-                    config[key] = value
-                shared[id(arrays)] = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-            return shared[id(arrays)]
-
-        return self._requests.ask(nodes, content_for, message_type, server_round)
+        train = message_type == MessageType.TRAIN
+        settings = told(config, server_round, self._phasing.phase(server_round), self.model.architecture, train=train)
+        content = content_for(
+            lambda client: self._carried.sent_to(client, self.seed, server_round),
+            settings,
+            self.arrayrecord_key,
+            self.configrecord_key,
+        )
+        return self._requests.ask(nodes, content, message_type, server_round)

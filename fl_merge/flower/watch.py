@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fl_merge.model import GlobalModel
+from fl_merge.phases import Phase
 from fl_merge.rounds import Refusal, RoundReport
 from fl_merge.runs.checkpoint import Checkpoint
 from fl_merge.types import MergeMethod
@@ -44,6 +45,9 @@ class Watcher:
     def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
         """A run goes on that had made so many rounds; `num_rounds` counts from its beginning."""
         self.run_started(num_rounds, method)
+
+    def phase_started(self, round_number: int, number: int, phase: Phase) -> None:
+        """The first round of a phase is about to begin; only of runs that have several (`fl_merge.phases`)."""
 
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         """These clients are being asked to train."""

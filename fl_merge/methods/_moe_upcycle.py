@@ -36,7 +36,7 @@ def moe_upcycle(
         top_k: how many experts a token is given to; their router weights are normalised to sum to 1.
         router: "random": rows of standard deviation 0.02; "zero": the first top_k experts until it is trained;
             "hidden": each client's mean hidden state less that of all, which clients send as the statistics
-            `hidden.0`, `hidden.1`, ...: the mean over its tokens of what each layer's MLP reads.
+            `hidden/0`, `hidden/1`, ...: the mean over its tokens of what each layer's MLP reads.
         source: with copies, the model: "merged" (all clients merged by `method`), "base", or a client's id.
         method: by which everything but the experts is merged: a method for models by name, or itself. One that looks at
             whole models looks at these tensors.

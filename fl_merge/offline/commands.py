@@ -31,7 +31,7 @@ from fl_merge.offline.output import require_writable
 from fl_merge.offline.plan import OfflinePlan, Part, check, plan_of
 from fl_merge.offline.plot import plot
 from fl_merge.offline.run import merge_files
-from fl_merge.recipe import read_yaml
+from fl_merge.yaml_text import read_yaml
 
 out = Console()
 err = Console(stderr=True)

@@ -104,6 +104,7 @@ class Checkpoint:
                 for name, tensor in model.sent.items()
             ],
             "tied": dict(model.tied),
+            "architecture": dict(model.architecture),
         }
 
     @classmethod
@@ -163,7 +164,8 @@ def _model(folder: Path, fields: Mapping[str, Any]) -> GlobalModel:
         if tensor.dtype != dtype:
             kept[name] = tensor
     state = load(folder / "optimizer") if (folder / "optimizer").exists() else {}
-    return GlobalModel(sent, kept, dtypes, tied, optimizer_state=state)
+    architecture = dict(fields.get("architecture", {}))  # a checkpoint of an earlier version has none
+    return GlobalModel(sent, kept, dtypes, tied, optimizer_state=state, architecture=architecture)
 
 
 def _text(dtype: torch.dtype) -> str:

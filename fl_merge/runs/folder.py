@@ -5,6 +5,7 @@ config.json           the app's run config
 simulation.json       number of nodes and seed, if the run was simulated
 journal.jsonl         one line an event: rounds, replies, refusals, metrics
 model.safetensors     the latest merged model, replaced when a round has made a new one
+architecture.json     its config, of a run that knows one
 checkpoints/          what the run can be resumed from (`checkpoint.py`)
 """
 
@@ -26,6 +27,7 @@ from fl_merge.store import save, write_text
 from fl_merge.store.lock import LockedError, take
 
 CONFIG = "config.json"
+ARCHITECTURE = "architecture.json"
 SIMULATED = "simulation.json"
 
 
@@ -64,6 +66,10 @@ class RunFolder:
         write_text(self.path / CONFIG, json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
         if simulated is not None:
             write_text(self.path / SIMULATED, json.dumps(dict(simulated)) + "\n")
+
+    def write_architecture(self, architecture: Mapping[str, Any]) -> None:
+        """The config from which the latest model is built."""
+        write_text(self.path / ARCHITECTURE, json.dumps(dict(architecture), indent=2, sort_keys=True) + "\n")
 
     def record(self, event: str, **values: Any) -> None:
         """Append an event to the journal."""

@@ -16,6 +16,7 @@ import torch
 from fl_merge.architectures import Architecture, depth_of
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.method import Method
+from fl_merge.naming import HIDDEN, hidden_of
 from fl_merge.ops.draws import stream_key
 from fl_merge.ops.routing import hidden_rows, random_rows
 from fl_merge.structures.common import MERGED_SOURCE, Sources, made, shown
@@ -26,9 +27,6 @@ Router = Literal["random", "zero", "hidden"]
 
 SHARED_WIDTH = 8
 """Hidden units of the shared expert that Qwen2's mixtures have; its output starts at zero."""
-
-STATISTIC = "hidden.{i}"
-"""What a client sends for router="hidden": (H,), the mean of what layer i's MLP reads, over its tokens."""
 
 
 def blocks_of(row: Architecture, names: Mapping[str, object]) -> list[str]:
@@ -55,6 +53,11 @@ class Upcycled:
     router: Router
     method: Method
     source: str
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """What clients send beside their models."""
+        return (HIDDEN,) if self.router == "hidden" else ()
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """Everything but the MLPs merged, the MLPs as experts, routers.
@@ -117,7 +120,7 @@ class Upcycled:
         if self.router == "random":
             key = stream_key(spec.seed, "router", name)
             return Output(name, output, (), Whole(lambda: random_rows(key, experts, hidden)))
-        statistic = STATISTIC.replace("{i}", str(number))
+        statistic = hidden_of(number)
         found = spec.statistics.get(statistic)
         if found is None or found.shape != (hidden,):
             what = "did not all send it" if found is None else f"sent it in shape {found.shape}"

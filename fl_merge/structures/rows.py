@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fl_merge.architectures import ARCHITECTURES, Architecture
+import torch
+
+from fl_merge.architectures import ARCHITECTURES, Architecture, depth_of
+from fl_merge.naming import hidden_of
+from fl_merge.types import TensorSpec
 
 _KEPT = ("self_attn.[qkvo]_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight")
 _QWEN_CONFIG = {
@@ -117,6 +121,29 @@ def upcycling_of(names: Iterable[str]) -> Upcycling | None:
     """The first row whose marks the names of a dense model have; None if there is none."""
     ends = set(names)
     return next((row for row in UPCYCLINGS if all(any(_ends(name, mark) for name in ends) for mark in row.marks)), None)
+
+
+def mlp_inputs(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """What a client can be asked for of a dense model's hidden states: for each layer, the mean of what its MLP reads.
+
+    Returns:
+        Names (`fl_merge.naming`) and descriptions; none for a model without a mixture beside it.
+    """
+    return {
+        hidden_of(number): TensorSpec(tensors[f"{module}.weight"].shape[1:], torch.float32)
+        for number, module in enumerate(mlp_modules(tensors))
+    }
+
+
+def mlp_modules(names: Iterable[str]) -> list[str]:
+    """The first linear map of each layer's MLP, whose input a router would read; none for an unknown family."""
+    ends = set(names)
+    up = upcycling_of(ends)
+    if up is None:
+        return []
+    blocks = [up.dense.named(n, "") for n in range(depth_of(up.dense, ends))] if "{i}" in up.dense.layer else [""]
+    modules = [f"{block}{up.dense.mlp[0]}" for block in blocks]
+    return [module for module in modules if f"{module}.weight" in ends]
 
 
 def sparse_row_of(names: Iterable[str]) -> Architecture | None:

@@ -113,10 +113,10 @@ def test_hidden_rows_on_paper():
 def test_a_hidden_router_is_made_of_what_clients_send(make):
     models = [make(seed=seed) for seed in range(2)]
     draw = torch.Generator().manual_seed(0)
-    sent = [{f"hidden.{layer}": torch.randn(32, generator=draw) for layer in range(4)} for _ in models]
+    sent = [{f"hidden/{layer}": torch.randn(32, generator=draw) for layer in range(4)} for _ in models]
     sparse = upcycled(moe_upcycle(router="hidden", top_k=1), *models, statistics=sent)
     for layer in range(4):
-        means = torch.stack([each[f"hidden.{layer}"] for each in sent])
+        means = torch.stack([each[f"hidden/{layer}"] for each in sent])
         router = sparse.tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         assert torch.equal(router, hidden_rows(means))
         assert (means @ router.T).argmax(1).tolist() == [0, 1]
@@ -124,9 +124,9 @@ def test_a_hidden_router_is_made_of_what_clients_send(make):
 
 def test_a_hidden_router_without_what_clients_send_is_refused(make):
     models = [make(seed=seed) for seed in range(2)]
-    with pytest.raises(MergeError, match=r"needs the statistic 'hidden.0', \(32,\), of every client; they did not all"):
+    with pytest.raises(MergeError, match=r"needs the statistic 'hidden/0', \(32,\), of every client; they did not all"):
         upcycled(moe_upcycle(router="hidden"), *models)
-    wrong = [{f"hidden.{layer}": torch.zeros(31) for layer in range(4)} for _ in models]
+    wrong = [{f"hidden/{layer}": torch.zeros(31) for layer in range(4)} for _ in models]
     with pytest.raises(MergeError, match=r"they sent it in shape \(31,\)"):
         upcycled(moe_upcycle(router="hidden"), *models, statistics=wrong)
 
@@ -150,8 +150,8 @@ def test_language_clients_send_the_mean_of_what_each_mlp_reads(make, tmp_path):
             )[0]
         )
         wanted = layer.post_attention_layernorm(attended)[0].mean(0)
-    assert list(found) == [f"hidden.{number}" for number in range(4)]
-    torch.testing.assert_close(found["hidden.2"], wanted, atol=1e-5, rtol=1e-4)
+    assert list(found) == [f"hidden/{number}" for number in range(4)]
+    torch.testing.assert_close(found["hidden/2"], wanted, atol=1e-5, rtol=1e-4)
     assert not any(layer.mlp._forward_pre_hooks for layer in model.model.layers)
 
 

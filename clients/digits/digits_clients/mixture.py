@@ -64,4 +64,4 @@ def empty(state: Mapping[str, Tensor], top_k: int = TOP_K) -> Mixture:
 
 def mean_pixels(images_BHW: Tensor) -> dict[str, Tensor]:
     """What a client sends for `moe_upcycle(router="hidden")`: the mean of what the router reads, (64,)."""
-    return {"hidden.0": (images_BHW.flatten(1) * 2 - 1).mean(dim=0)}
+    return {"hidden/0": (images_BHW.flatten(1) * 2 - 1).mean(dim=0)}

@@ -21,7 +21,7 @@ def mean_hidden(model: Any, tokens: Tokens, *, length: int, limit: float) -> dic
         limit: bytes of text, about.
 
     Returns:
-        `hidden.0`, `hidden.1`, ...: (H,) float32.
+        `hidden/0`, `hidden/1`, ...: (H,) float32.
     """
     layers = model.get_decoder().layers
     sums = [torch.zeros(model.config.hidden_size, dtype=torch.float64) for _ in layers]
@@ -41,4 +41,4 @@ def mean_hidden(model: Any, tokens: Tokens, *, length: int, limit: float) -> dic
     finally:
         for hook in hooks:
             hook.remove()
-    return {f"hidden.{number}": (total / max(count, 1)).float() for number, total in enumerate(sums)}
+    return {f"hidden/{number}": (total / max(count, 1)).float() for number, total in enumerate(sums)}

@@ -1,0 +1,81 @@
+"""What a strategy does differently from phase to phase of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from fl_merge.errors import MergeError
+from fl_merge.flower._malloc import give_back_large_blocks
+from fl_merge.flower.keeping import Keeping
+from fl_merge.flower.replies import RepliesAsTheyCome
+from fl_merge.flower.sampling import RunFailedError
+from fl_merge.model import GlobalModel
+from fl_merge.phases import Phase, Schedule, trained_names
+from fl_merge.types import MergeMethod
+
+
+class Phasing:
+    """A schedule's phases by the numbers of their rounds.
+
+    Args:
+        schedule: of the run.
+        keeping: from a phase's method to where its updates are kept.
+    """
+
+    def __init__(self, schedule: Schedule, keeping: Callable[[MergeMethod], Keeping]) -> None:
+        self.schedule = schedule
+        self._keeping = [keeping(each.method) for each in schedule.phases]
+
+    def phase(self, server_round: int) -> Phase:
+        """The phase of a round."""
+        return self.schedule.at(server_round)
+
+    def begun(self, server_round: int) -> tuple[int, Phase] | None:
+        """The number of the phase that begins with this round, and the phase; None in all other rounds."""
+        if len(self.schedule.phases) == 1 or not self.schedule.begins_with(server_round):
+            return None
+        return self.schedule.number_at(server_round), self.phase(server_round)
+
+    def keeping(self, server_round: int) -> Keeping:
+        """Where the updates of a round are kept."""
+        return self._keeping[self.schedule.number_at(server_round) - 1]
+
+    def make_room(self, server_round: int, clients: int, trained: GlobalModel, grid: Grid) -> None:
+        """Find out whether a round's updates can be kept.
+
+        Raises:
+            RunFailedError: if they cannot.
+        """
+        try:
+            with self.keeping(server_round).spill(clients, trained) as spill:
+                if spill is not None:
+                    give_back_large_blocks()
+                    spill.open()
+                if isinstance(grid, RepliesAsTheyCome):
+                    grid.sparing = spill is not None
+        except MergeError as error:
+            raise RunFailedError(str(error)) from error
+
+    def trained(self, server_round: int, model: GlobalModel) -> GlobalModel:
+        """The part of the model that clients train in a round: all of it, but in some phases."""
+        phase = self.phase(server_round)
+        return model if phase.trains_all else model.part(trained_names(phase.train, model.sent))
+
+    def whole(self, server_round: int, model: GlobalModel, merged: GlobalModel) -> GlobalModel:
+        """The model with what a round has made of the part that clients trained."""
+        return merged if self.phase(server_round).trains_all else model.with_part(merged)
+
+    def require_structure(self, server_round: int, why: str) -> None:
+        """End a run whose round was to change the model's structure and failed: later phases are for another model.
+
+        Raises:
+            RunFailedError: if it was.
+        """
+        phase = self.phase(server_round)
+        if phase.changes_structure:
+            raise RunFailedError(
+                f"phase {self.schedule.number_at(server_round)} ({phase.method}) made no model in round "
+                f"{server_round}: {why}; later phases are for the model that it makes. Resume the run to try again"
+            )
