@@ -98,6 +98,9 @@ def bootstrap(values_R: Sequence[float], *, level: float = 0.95, resamples: int 
         values_R: one a seed.
         level: of confidence, in (0, 1).
         resamples: of R values each, drawn with replacement.
+
+    It is never wider than the range of the values, which contains the middle of their distribution with probability
+    1 - 2^(1 - R): from 6 seeds on that is above 0.95; with 3 it is 0.75, whatever `level` says.
     """
     values = np.asarray(values_R, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
@@ -339,5 +342,5 @@ def save(drawn: Any, path: Path) -> None:
     """Write the figure as a small PNG and forget it."""
     from matplotlib import pyplot
 
-    drawn.savefig(path, dpi=100)
+    drawn.savefig(path, dpi=85)
     pyplot.close(drawn)
