@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_merge.kernels.passes import BINS, Array, Counted, Inputs
+from fl_merge.kernels.passes import Array
+from fl_merge.kernels.rows import BINS, Counted, Rows
 
 LARGEST = 0x7FFFFFFF
 """No magnitude has larger bits."""
@@ -41,9 +42,9 @@ Mapped = Callable[..., Iterable[Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor within the scope of the cut: its inputs, and the place of its first element."""
+    """A tensor within the scope of the cut: its rows, and the place of its first element."""
 
-    inputs: Inputs
+    rows: Rows
     offset: int
 
 
@@ -56,18 +57,22 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a client's delta is cut: the bits, and how many elements just on it stay."""
+    """Where a row is cut: the bits, and how many elements just on it stay."""
 
     bits: int
     wanted: int
 
 
-def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, int]], mapped: Mapped, piece: int) -> Tensor:
-    """Cuts of clients' deltas.
+Count = int | Callable[[int], int]
+"""How many elements of a row stay; or that from how many of its magnitudes are above 0."""
+
+
+def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], mapped: Mapped, piece: int) -> Tensor:
+    """Cuts of rows of scores: clients' deltas, say.
 
     Args:
         parts: in the order of their places; at least one element.
-        wanted: of which client a cut is to be found, and how many elements stay, 0 to all.
+        wanted: of which row a cut is to be found, and how many elements stay, 0 to all.
         mapped: like `map`, perhaps in several threads.
         piece: elements that one call goes through.
 
@@ -75,64 +80,74 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, int]], ma
         (len(wanted), 2), float64: the smallest magnitude that stays, and the place of the last element that has it and
         stays; (inf, -1) where none stays.
     """
-    total = sum(part.inputs.numel for part in parts)
-    cutoffs_N2 = torch.tensor([[0.0, total - 1.0] if count else [math.inf, -1.0] for _, count in wanted]).double()
-    left = [place for place, (_, count) in enumerate(wanted) if 0 < count < total]
-    if not left:
-        return cutoffs_N2
+    total = sum(part.rows.numel for part in parts)
+    counts = [count for _, count in wanted]
+    cutoffs_N2 = torch.empty(len(wanted), 2, dtype=torch.float64)
+    left = [place for place, count in enumerate(counts) if callable(count) or 0 < count < total]
     pieces = [
-        _Piece(part, start, min(start + piece, part.inputs.numel))
+        _Piece(part, start, min(start + piece, part.rows.numel))
         for part in parts
-        for start in range(0, part.inputs.numel, piece)
+        for start in range(0, part.rows.numel, piece)
     ]
     low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
-    low_N[left], high_N[left] = _guess(parts, [(wanted[at][0], wanted[at][1] / total) for at in left], total)
+    if left and total > _EVERYTHING:
+        low_N[left], high_N[left] = _guess(parts, [wanted[at] for at in left], total)
     while left:
         room = _ROOM // (len(left) * len(pieces))
-        clients = [wanted[at][0] for at in left]
-        found = list(mapped(functools.partial(_counted, clients, low_N[left], high_N[left], room), pieces))
+        # How many are above 0 is counted in the same pass.
+        unknown = [at for at in left if callable(counts[at])]
+        rows, zeros = [wanted[at][0] for at in (*left, *unknown)], np.zeros(len(unknown), np.uint32)
+        low_R, high_R = (np.concatenate([limit_N[left], zeros]) for limit_N in (low_N, high_N))
+        found = list(mapped(functools.partial(_counted, rows, low_R, high_R, room), pieces))
+        for place, at in enumerate(unknown, start=len(left)):
+            of_positive = counts[at]
+            assert callable(of_positive)
+            counts[at] = of_positive(sum(counted[place].above for counted in found))
         misled = []
         for place, at in enumerate(left):
-            client, count = wanted[at]
+            row, count = wanted[at][0], counts[at]
+            assert isinstance(count, int)
+            if not 0 < count < total:
+                continue
             cut = _found(int(low_N[at]), count, [counted[place] for counted in found])
             if cut is None:
-                low_N[at] = high_N[at] = _by_histograms(client, count, pieces, mapped)
+                low_N[at] = high_N[at] = _by_histograms(row, count, pieces, mapped)
                 misled.append(at)
             else:
                 cutoffs_N2[at, 0] = float(np.uint32(cut.bits).view(np.float32))
-                cutoffs_N2[at, 1] = _last(client, cut, pieces, [counted[place] for counted in found])
+                cutoffs_N2[at, 1] = _last(row, cut, pieces, [counted[place] for counted in found])
         left = misled
+    for at, count in enumerate(counts):
+        if count in (0, total):
+            cutoffs_N2[at] = torch.tensor([0.0, total - 1.0] if count else [math.inf, -1.0])
     return cutoffs_N2
 
 
-def _counted(clients: list[int], low_N: Array, high_N: Array, room: int, at: _Piece) -> list[Counted]:
-    return at.part.inputs.some(clients).between(at.start, at.stop, low_N, high_N, room)
+def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, at: _Piece) -> list[Counted]:
+    return at.part.rows.some(rows).between(at.start, at.stop, low_R, high_R, room)
 
 
-def _guess(parts: Sequence[Part], wanted: Sequence[tuple[int, float]], total: int) -> tuple[Array, Array]:
-    """Between which bits each cut should be, by a sample; (N,) and (N,), uint32.
-
-    Args:
-        wanted: of which client, and which fraction stays.
-    """
+def _guess(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], total: int) -> tuple[Array, Array]:
+    """Between which bits each cut should be, by a sample; (N,) and (N,), uint32."""
     low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
-    if total <= _EVERYTHING:
-        return low_N, high_N
     size_wanted = min(max(total // 64, 1 << 12), 1 << 18)
-    clients = sorted({client for client, _ in wanted})
+    rows = sorted({row for row, _ in wanted})
     samples = []
     for part in parts:
-        runs = min(math.ceil(size_wanted * part.inputs.numel / total / _RUN), part.inputs.numel // _RUN)
+        runs = min(math.ceil(size_wanted * part.rows.numel / total / _RUN), part.rows.numel // _RUN)
         if runs:
-            starts = np.linspace(0, part.inputs.numel - _RUN, runs).astype(np.int64)
-            samples.append(part.inputs.some(clients).sample(starts, _RUN))
+            starts = np.linspace(0, part.rows.numel - _RUN, runs).astype(np.int64)
+            samples.append(part.rows.some(rows).sample(starts, _RUN))
     bits_NM = np.concatenate(samples, axis=1)
     size = bits_NM.shape[1]
-    for at, (client, fraction) in enumerate(wanted):
+    for at, (row, count) in enumerate(wanted):
+        bits_M = bits_NM[rows.index(row)]
+        if callable(count):
+            count = count(round(np.count_nonzero(bits_M) / size * total))
+        fraction = count / total
         margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
         upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
         ranks = [size - rank for rank in (upper, lower) if 1 <= rank <= size]
-        bits_M = bits_NM[clients.index(client)]
         if ranks:
             bits_M.partition(ranks)
         if upper >= 1:
@@ -160,14 +175,14 @@ def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
     return _Cut(bits, count - above - int(np.count_nonzero(values_M > bits)))
 
 
-def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
-    """The bits of one client's cut."""
+def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
+    """The bits of one row's cut."""
     low, high, rank = 0, LARGEST, count
     while True:
         shift = max(0, (high - low).bit_length() - (BINS.bit_length() - 1))
         limits = low, high, shift
         counts_K = np.zeros(BINS, np.int64)
-        for here_K in mapped(functools.partial(_count, client, limits), pieces):
+        for here_K in mapped(functools.partial(_count, row, limits), pieces):
             counts_K += here_K
         larger_K = np.cumsum(counts_K[::-1])
         chosen = BINS - 1 - int(np.searchsorted(larger_K, rank))
@@ -177,11 +192,11 @@ def _by_histograms(client: int, count: int, pieces: Sequence[_Piece], mapped: Ma
             return low
 
 
-def _count(client: int, limits: tuple[int, int, int], at: _Piece) -> Array:
-    return at.part.inputs.count(client, at.start, at.stop, *limits)
+def _count(row: int, limits: tuple[int, int, int], at: _Piece) -> Array:
+    return at.part.rows.count(row, at.start, at.stop, *limits)
 
 
-def _last(client: int, cut: _Cut, pieces: Sequence[_Piece], counted: Sequence[Counted]) -> int:
+def _last(row: int, cut: _Cut, pieces: Sequence[_Piece], counted: Sequence[Counted]) -> int:
     """The place of the last element just on the cut that stays: of those the first `cut.wanted` do."""
     wanted = cut.wanted
     for at, each in zip(pieces, counted, strict=True):
@@ -197,5 +212,5 @@ def _last(client: int, cut: _Cut, pieces: Sequence[_Piece], counted: Sequence[Co
         before = int(np.searchsorted(equal_M, each.marks[block])) if listed else int(each.marks[block])
         start = int(each.starts[block])
         stop = int(each.starts[block + 1]) if block + 1 < len(each.starts) else at.stop
-        return at.part.offset + at.part.inputs.nth_equal(client, start, stop, cut.bits, wanted - before)
+        return at.part.offset + at.part.rows.nth_equal(row, start, stop, cut.bits, wanted - before)
     raise AssertionError("fewer elements than were counted")

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
 from fl_merge.errors import MergeError
-from fl_merge.fillers import CompiledElements, CompiledStages, CompiledSum, Defined, Filler, Values
+from fl_merge.fillers import CompiledBalance, CompiledElements, CompiledStages, CompiledSum, Defined, Filler, Values
 from fl_merge.kernels.passes import Inputs
+from fl_merge.kernels.rows import Rows
 from fl_merge.measuring import measured
 from fl_merge.ops.gram import BLOCK, GramSum, finite_gram, gram_of_lines
 from fl_merge.ops.sparsify import keep_count, middle_counts, shrinkage
 from fl_merge.reading import Versions, flat, pieces, row_length, serves, shaped, whole_deltas
 from fl_merge.shapes import (
+    Balanced,
     Coordinate,
     Copy,
     Elements,
@@ -37,7 +39,7 @@ from fl_merge.shapes import (
     WeightedSum,
     draw_keys,
 )
-from fl_merge.stages import KeepLargest, KeepMiddle, KeepRandom, KeepRanked, Stages
+from fl_merge.stages import KeepLargest, KeepMiddle, KeepRandom, KeepRanked, Selected, Stages
 from fl_merge.types import BASE, Cohort, CohortSpec, Output, Scope, Whole
 
 LINES_ELEMENTS = 1 << 17
@@ -90,7 +92,7 @@ class Fillers:
         if isinstance(output.compute, Whole | Matrix | Tensorwise):
             return max(output.spec.numel, 1)
         compiled = self._kernels is not None and serves(output, self._device)
-        if isinstance(output.compute, Coordinate) and not isinstance(output.compute.stages, Stages | Elements):
+        if isinstance(output.compute, Coordinate) and output.compute.stages is None:
             compiled = False
         # What is kept of whole rows is written down for each piece: a small one stays in the cache.
         compiled = compiled and not (isinstance(output.compute, Coordinate) and output.compute.rows)
@@ -219,21 +221,33 @@ class Fillers:
             if compute.gram is not None:
                 work = [(versions, *at) for at in pieces(versions.numel, self._step)]
                 joint_K = compute.gram(spec, self._gram("deltas", work, mapped))
-        if compute.joint is not None:
-            joint_K = compute.joint(versions.deltas(0, versions.numel), weights_N)
 
         def at(start: int, stop: int, known_K: Tensor, count: Callable[[], int] | None = None) -> Slice:
             place = (output.tensor, start, stop, scope_start + start)
             return Slice(*place, spec, survey_NK, count, self._device, known_K, row_length(output.spec))
 
         joint_K = measured(
-            compute.measures, joint_K, versions, weights_N, at, mapped, step=step, block=self._block(output)
+            compute.measures,
+            joint_K,
+            versions,
+            weights_N,
+            at,
+            mapped,
+            step=step,
+            block=self._block(output),
+            piece=self._piece,
         )
         if versions.native is not None and isinstance(compute.stages, Elements):
             native, clients = versions.native, versions.clients
             if compute.stages.chosen:
                 native = native.some([int(client) for client in joint_K])
             return CompiledElements(output, dtype, native, compute.stages, weights_N, clients)
+        if versions.native is not None and isinstance(compute.stages, Balanced):
+            return CompiledBalance(output, dtype, versions.native, compute.stages, joint_K)
+        if versions.native is not None and isinstance(compute.stages, Selected):
+            arguments = {"varying_2": joint_K[:2], "voices_N": torch.ones_like(weights_N)}
+            stages, shares_N = Stages(None, "total", True, compute.stages.scale), compute.stages.shares_N(joint_K)
+            return CompiledStages(output, dtype, versions.native, stages, shares_N, arguments)
         if versions.native is not None and isinstance(compute.stages, Stages):
             filler = self._stages(
                 compute.stages, output, dtype, versions.native, survey_NK, joint_K, scope_start=scope_start
@@ -296,7 +310,7 @@ class Fillers:
             for versions in scope:
                 if versions.native is None:
                     break
-                parts.append(Part(versions.native, offset))
+                parts.append(Part(Rows(versions.native), offset))
                 offset += versions.native.numel
             if len(parts) == len(scope):
                 density_N = [stages.prune.density_of(client_id) for client_id in client_ids]

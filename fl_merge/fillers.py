@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fl_merge.errors import MergeError
 from fl_merge.kernels.passes import LIMITS, Draws, Inputs
-from fl_merge.shapes import Elements, WeightedSum
+from fl_merge.kernels.rows import combine_balanced
+from fl_merge.shapes import Balanced, Elements, WeightedSum
 from fl_merge.stages import Stages
 from fl_merge.types import Output, compute_dtype
 
@@ -199,3 +200,24 @@ class CompiledElements(Filler):
 
     def fill(self, start: int, stop: int, out_S: Tensor) -> None:
         self._require(self._native.combine_elements(**self._arguments, start=start, stop=stop, out_S=out_S))
+
+
+class CompiledBalance(Filler):
+    """A mean by balance, by a compiled pass.
+
+    Args:
+        output, dtype: as for `Filler`.
+        native: where the inputs are.
+        balanced: what to do.
+        joint_K: its numbers.
+    """
+
+    def __init__(self, output: Output, dtype: torch.dtype, native: Inputs, balanced: Balanced, joint_K: Tensor) -> None:
+        super().__init__(output, dtype)
+        self._native = native
+        self._scale = balanced.scale
+        self._largest_2N, self._cutoffs_N2 = torch.split(joint_K, 2 * native.clients)
+
+    def fill(self, start: int, stop: int, out_S: Tensor) -> None:
+        known = self._largest_2N.reshape(2, -1), self._cutoffs_N2.reshape(-1, 2)
+        self._require(combine_balanced(self._native, *known, self._scale, start, stop, out_S))

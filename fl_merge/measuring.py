@@ -6,12 +6,15 @@ Suffixes: N clients, S elements, K numbers, R rows of scores.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fl_merge.cutoffs import Mapped
+from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
+from fl_merge.kernels.passes import Inputs
+from fl_merge.kernels.rows import Rows, kept_squares, largest_of_products
 from fl_merge.ops.gram import added_by_halves
 from fl_merge.ops.sparsify import largest_cutoff
 from fl_merge.reading import Versions, pieces
@@ -31,12 +34,14 @@ def measured(
     *,
     step: int,
     block: int,
+    piece: int,
 ) -> Tensor:
     """(K,) float64: the numbers that are known, and those that the measures give.
 
     Args:
         step: elements of a slice, a multiple of `block`.
         block: over how many elements a partial sum runs.
+        piece: elements of a slice for the compiled passes.
     """
     slices = pieces(versions.numel, step)
     for measure in measures:
@@ -49,13 +54,31 @@ def measured(
                 for start, stop in _blocks(*place, block)
             ]
 
-        if isinstance(measure, Cuts):
+        if versions.native is not None and measure.compiled is not None:
+            found_K = _compiled(measure, before_K, versions.native, mapped, piece)
+        elif isinstance(measure, Cuts):
             found_K = _cuts(measure, before_K, versions, weights_N, at, mapped, slices)
         else:
             found_XK = torch.stack([each_K for found in mapped(of_blocks, slices) for each_K in found])
             found_K = added_by_halves(found_XK) if isinstance(measure, Sums) else found_XK.amax(dim=0)
         known_K = torch.cat([known_K, found_K])
     return known_K
+
+
+def _compiled(measure: Measure, known_K: Tensor, native: Inputs, mapped: Mapped, piece: int) -> Tensor:
+    """The same by the compiled pass that the measure names."""
+    slices = pieces(native.numel, piece)
+    if isinstance(measure, Maxima):
+        return torch.stack(list(mapped(lambda at: largest_of_products(native, *at), slices))).amax(dim=0)
+    if isinstance(measure, Sums):
+        return added_by_halves(torch.cat(list(mapped(lambda at: kept_squares(native, known_K[:2], *at), slices))))
+    counted = functools.partial(measure.count, native.numel)
+    if measure.compiled == "variance":
+        rows, wanted = Rows(native, "variance"), [(0, counted)]
+        return largest_cutoffs([Part(rows, 0)], wanted, mapped, piece).reshape(-1)
+    rows = Rows(native, "balance", known_K[: 2 * native.clients].reshape(2, -1))
+    each = [(client, counted(native.numel)) for client in range(native.clients)]
+    return largest_cutoffs([Part(rows, 0)], each, mapped, piece).reshape(-1)
 
 
 def _blocks(start: int, stop: int, block: int) -> list[tuple[int, int]]:

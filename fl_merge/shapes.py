@@ -39,8 +39,8 @@ class Slice:
         scope_start: the first element's place within the scope of the survey (the tensor, or the whole model).
         spec: the cohort.
         survey_NK: (N, K) float64: what the survey of each client's delta gave; (N, 0) where there is none.
-        joint_K: (K,) float64: what the joint survey of all deltas gave, or the function of their Gram matrix, and then
-            what the measures gave, in order; (0,) where there is none.
+        joint_K: (K,) float64: what the function of the Gram matrix gave, and then what the measures gave, in order;
+            (0,) where there is none.
         count: counts the method's `tally` over the whole tensor; None where there is none.
         device: where the deltas are.
         row: how many elements a row of the tensor has (one entry of its first dimension; all if it has but one).
@@ -182,9 +182,11 @@ class Sums:
 
     Args:
         function: from a block of the deltas, the weights and the block's `Slice` to its K summands, float64.
+        compiled: the compiled pass that gives the same, where there is one (`fl_merge.measuring`).
     """
 
     function: Callable[[Tensor, Tensor, Slice], Tensor]
+    compiled: Literal["kept squares"] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,23 +195,28 @@ class Maxima:
 
     Args:
         function: as that of `Sums`; gives the K maxima of a block.
+        compiled: as that of `Sums`.
     """
 
     function: Callable[[Tensor, Tensor, Slice], Tensor]
+    compiled: Literal["products"] | None = None
 
 
 @dataclass(frozen=True)
 class Cuts:
     """Where to cut so that so many elements with the largest scores stay, the lower index winning a tie: two numbers a
-    row of scores, as `ops.sparsify.above_cut` takes them. The scores of a whole tensor are in memory meanwhile.
+    row of scores, as `ops.sparsify.above_cut` takes them. Without a compiled pass the scores of a whole tensor are in
+    memory meanwhile.
 
     Args:
         score: from a slice of the deltas to the scores (R, S), >= 0, in the dtype of the deltas.
         count: how many stay of a row, from its number of elements and how many of them have a score above 0.
+        compiled: the scores that a compiled pass counts, where there is one: of `kernels.rows.SCORES`.
     """
 
     score: Callable[[Tensor, Tensor, Slice], Tensor]
     count: Callable[[int, int], int]
+    compiled: Literal["variance", "balance"] | None = None
 
 
 Measure = Sums | Maxima | Cuts
@@ -237,6 +244,19 @@ class Elements:
 
 
 @dataclass(frozen=True)
+class Balanced:
+    """The mean of the deltas, each element weighed by its balance (`ops.scores.balance`) if that is above a cut.
+
+    The joint numbers are the 2 N largest magnitudes by which balances are measured, and then the N cuts.
+
+    Args:
+        scale: multiplies the merged delta.
+    """
+
+    scale: float
+
+
+@dataclass(frozen=True)
 class Coordinate:
     """theta = theta_0 + combine(deltas), element by element.
 
@@ -245,23 +265,20 @@ class Coordinate:
             An element's result may depend on its own deltas, its index and the slice's survey, draws and tally only.
         survey: from one client's whole delta, flattened, to K float64 numbers (thresholds, norms).
         surveys: in place of `survey`, where it is not the same for all clients: from a client's id to its survey.
-        joint: from all clients' whole deltas of a tensor, (N, S), and the weights (N,) float64, to K float64 numbers
-            that need all clients at once. Scope "tensor" only; the tensor's deltas are in memory while it runs.
         tally: elementwise like `combine`, giving whole numbers; their sum over the tensor is `Slice.tally`
             (a pass over the tensor, made only if it is asked for).
         measures: numbers that need all clients and are found slice by slice; each may use those before it.
         gram: from the cohort and the (N, N) float64 Gram matrix of the deltas in scope to K float64 numbers.
         scope: what the survey and the Gram matrix run over: each tensor, or the whole model's delta as one vector (in
             order of name).
-        stages: what this is made of, where the executor has a compiled pass for it: `Elements`, or the `Stages` of
-            `fl_merge.stages`.
+        stages: what this is made of, where the executor has a compiled pass for it: `Elements`, `Balanced`, or the
+            `Stages` or `Selected` of `fl_merge.stages`.
         rows: whether an element's result may depend on its whole row too: slices are then whole rows.
         check: raises a MergeError, when the merge is planned, for a cohort that the method cannot merge.
     """
 
     combine: Callable[[Tensor, Tensor, Slice], Tensor]
     survey: Callable[[Tensor], Tensor] | None = None
-    joint: Callable[[Tensor, Tensor], Tensor] | None = None
     tally: Callable[[Tensor, Tensor, Slice], Tensor] | None = None
     scope: ScopeName = "tensor"
     stages: object | None = None

@@ -182,5 +182,25 @@ class Stages:
         return found
 
 
+@dataclass(frozen=True)
+class Selected:
+    """Elements on which clients differ most, an election among equals, and a mean by what each client changed there.
+
+    For a method whose definition is written out. The joint numbers are the cut of the variances, and then the sum of
+    squares of each client's selected elements.
+
+    Args:
+        scale: multiplies the merged delta.
+    """
+
+    scale: float
+
+    @staticmethod
+    def shares_N(joint_K: Tensor) -> Tensor:
+        """(N,) float64: each client's part in all squares; 1 if there are none."""
+        squares_N = joint_K[2:]
+        return squares_N / squares_N.sum() if squares_N.sum() > 0 else torch.ones_like(squares_N)
+
+
 def _discard(_: object) -> None:
     """For what is computed because it may raise."""

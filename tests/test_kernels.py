@@ -17,6 +17,7 @@ from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.passes import Inputs, largest_magnitude
+from fl_merge.kernels.rows import Rows
 from fl_merge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
@@ -30,6 +31,8 @@ from fl_merge.methods import (
     fedgma,
     magmax,
     median,
+    pcb,
+    sce,
     slerp,
     task_arithmetic,
     ties,
@@ -100,6 +103,11 @@ METHODS_AND_SETTINGS = [
     breadcrumbs(density=0.3, gamma=0.05),
     breadcrumbs(density=0.3, gamma=0.000001),
     breadcrumbs_ties(density={"0": 0.1, "1": 0.9, "2": 0.5, "3": 1.0, "4": 0.2}, gamma=0.1),
+    sce(density=0.3, scale=1.3),
+    sce(density=1.0),
+    sce(density=0.00001),
+    pcb(density=0.3, scale=0.7),
+    pcb(density=1.0),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -184,7 +192,7 @@ def test_zeros_denormals_and_the_largest_values(method):
 
 
 def cutoffs(kernel_module, base_S, clients, count, piece=16_384):
-    parts = [Part(Inputs(kernel_module, base_S, clients), 0)]
+    parts = [Part(Rows(Inputs(kernel_module, base_S, clients)), 0)]
     return largest_cutoffs(parts, [(client, count) for client in range(len(clients))], map, piece)
 
 
@@ -241,10 +249,10 @@ def test_what_is_written_down_of_a_delta_has_a_limit(monkeypatch):
     delta_S[:150_000] = 0
     module = kernels.load()
     assert module is not None
-    parts = [Part(Inputs(module, torch.zeros(size), [delta_S, delta_S]), 0)]
+    parts = [Part(Rows(Inputs(module, torch.zeros(size), [delta_S, delta_S])), 0)]
     kept = []
-    between = Inputs.between
-    monkeypatch.setattr(Inputs, "between", lambda *args: kept.append(found := between(*args)) or found)
+    between = Rows.between
+    monkeypatch.setattr(Rows, "between", lambda *args: kept.append(found := between(*args)) or found)
     for room in (1 << 24, 20_000):
         monkeypatch.setattr("fl_merge.cutoffs._ROOM", room)
         kept.clear()
@@ -290,7 +298,7 @@ def test_numba_that_cannot_compile_or_keep_is_noticed_when_the_passes_are_loaded
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fl_merge.kernels.passes.warm_up", full_disk)
+    monkeypatch.setattr("fl_merge.kernels.rows.warm_up", full_disk)
     kernels._tried, kernels._module = False, None
     with caplog.at_level(logging.WARNING, "fl_merge"):
         assert kernels.load() is None
@@ -301,7 +309,7 @@ def test_what_was_compiled_is_thrown_away_when_a_part_has_changed():
     from fl_merge.kernels import blocks, merging
 
     stamp = merging.weighted_sum._cache._cache_file._source_stamp
-    assert stamp[1] == blocks._THIS_FILE
+    assert stamp[1] == blocks._PARTS
 
 
 def test_elements_behind_three_gigabytes(tmp_path):

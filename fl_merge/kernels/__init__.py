@@ -50,9 +50,9 @@ def load() -> ModuleType | None:
             try:
                 if os.environ.get("FL_MERGE_NO_KERNELS"):
                     raise ImportError("FL_MERGE_NO_KERNELS is set")
-                from fl_merge.kernels import compiled, passes
+                from fl_merge.kernels import compiled, rows
 
-                passes.warm_up(compiled)
+                rows.warm_up(compiled)
                 _module = compiled
             except Exception as error:  # no numba, or nowhere to keep what it compiles (a read-only machine)
                 logger.warning("merging without compiled kernels, several times slower: %s", error)

@@ -9,6 +9,7 @@ Suffix: B the elements of a block.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -17,20 +18,22 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-with open(__file__, "rb") as _file:
-    _THIS_FILE = hashlib.blake2b(_file.read(), digest_size=8).hexdigest()
+_PARTS = hashlib.blake2b(
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("blocks.py", "scoring.py")), digest_size=8
+).hexdigest()
+"""The files whose parts other files' passes are built from."""
 
-compiled_part = numba.njit(nogil=True, fastmath=False)
+compiled_part = numba.njit(nogil=True, fastmath=False, error_model="numpy")
 
 
 def compiled_pass(function):
     """Compile a function, and keep what comes of it for the next process.
 
-    numba throws it away when the function's own file has changed; here also when this one has, whose parts are in it.
+    numba throws it away when the function's own file has changed; here also when the parts that are in it have.
     """
-    compiled = numba.njit(cache=True, nogil=True, fastmath=False)(function)
+    compiled = numba.njit(cache=True, nogil=True, fastmath=False, error_model="numpy")(function)
     kept = compiled._cache._cache_file
-    kept._source_stamp = (kept._source_stamp, _THIS_FILE)
+    kept._source_stamp = (kept._source_stamp, _PARTS)
     return compiled
 
 
@@ -91,6 +94,51 @@ def bits_of(context, value):
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), emit
+
+
+@intrinsic
+def bits_of_double(context, value):
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.uint64(types.float64), emit
+
+
+@intrinsic
+def from_bits(context, bits):
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), emit
+
+
+@intrinsic
+def within(context, address, low, width):
+    """Which of 64 unsigned numbers of 32 bits lie from low to low + width: the bits of one number."""
+
+    def emit(context, builder, signature, arguments):
+        address, *limits = arguments
+        vector = ir.VectorType(ir.IntType(32), 64)
+        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
+        everywhere = ir.Constant(vector, [0] * 64)
+        low, width = (
+            builder.shuffle_vector(builder.insert_element(nothing, limit, first), nothing, everywhere)
+            for limit in limits
+        )
+        numbers = builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+        return builder.bitcast(builder.icmp_unsigned("<=", builder.sub(numbers, low), width), ir.IntType(64))
+
+    return types.uint64(types.int64, types.uint32, types.uint32), emit
+
+
+@intrinsic
+def lowest_bit(context, number):
+    """The place of the lowest bit that is set; there must be one."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), emit
 
 
 # --- blocks: in and out ----------------------------------------------------------------------------------------------

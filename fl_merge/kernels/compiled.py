@@ -12,14 +12,18 @@ from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
 from fl_merge.kernels.merging import prune_combine, uniform, weighted_sum
 from fl_merge.kernels.ranking import keep_ranked
+from fl_merge.kernels.scoring import combine_balanced, kept_squares, largest_of_products
 
 __all__ = [
     "BLOCK",
+    "combine_balanced",
     "combine_elements",
     "count_magnitudes",
     "gram",
     "keep_ranked",
+    "kept_squares",
     "largest_magnitude",
+    "largest_of_products",
     "magnitudes_between",
     "nth_equal",
     "prune_combine",

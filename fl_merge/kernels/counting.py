@@ -1,5 +1,6 @@
 """Compiled passes that find out which elements are the largest, by counting. Magnitudes are compared as the bits of
-float32, which have their order. Suffixes: N clients, S elements of a piece, B of a block, M of a sample, K bins.
+float32, which have their order. What is compared are rows of scores (`scoring.load_scores`): the clients' deltas, or
+numbers made of them. Suffixes: N clients, S elements of a piece, B of a block, M of a sample, R rows, P runs, K bins.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from fl_merge.kernels.blocks import (
     bits_of,
     compiled_part,
     compiled_pass,
-    load,
-    load_delta,
+    lowest_bit,
     pointer,
+    within,
 )
+from fl_merge.kernels.scoring import SCRATCH, load_scores
 
 _ROW = 64
-"""Elements that are passed over together if none of them is looked for."""
+"""Elements that are compared together."""
 
 
 @compiled_pass
@@ -47,119 +49,135 @@ def largest_magnitude(address, code, start, stop):
     return np.int64(narrowest)
 
 
+@compiled_part
+def _room(clients_N, rows):
+    """Scratch for `load_scores`, and where the scores go."""
+    work_KB = np.empty((SCRATCH + clients_N.size, BLOCK), np.float32)
+    return work_KB, np.empty((max(clients_N.size, rows), BLOCK), np.float32)
+
+
 @compiled_pass
-def sample_magnitudes(base, base_code, clients_N, codes_N, starts_R, bits_NM):
-    """The bits of the magnitudes of each client's delta in runs that begin at `starts_R`."""
-    runs = starts_R.size
-    length = bits_NM.shape[1] // runs
-    base_store = np.empty(length, np.float32)
-    delta_store = np.empty(length, np.float32)
-    for r in range(runs):
-        load(base, base_code, starts_R[r], base_store)
-        for n in range(clients_N.size):
-            load_delta(clients_N[n], codes_N[n], starts_R[r], base_store, delta_store)
-            bits_B = bits_NM[n, r * length : (r + 1) * length]
+def sample_magnitudes(base, base_code, clients_N, codes_N, kind, numbers_2N, rows_R, starts_P, bits_RM):
+    """The bits of the magnitudes of each row in runs that begin at `starts_P`, of BLOCK elements at most."""
+    runs = starts_P.size
+    length = bits_RM.shape[1] // runs
+    work_KB, score_NB = _room(clients_N, rows_R.size)
+    for run in range(runs):
+        load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, starts_P[run], length, work_KB, score_NB)
+        for r in range(rows_R.size):
+            score_B, bits_B = score_NB[rows_R[r]], bits_RM[r, run * length : (run + 1) * length]
             for s in range(length):
-                bits_B[s] = bits_of(delta_store[s]) & MAGNITUDE
+                bits_B[s] = bits_of(score_B[s]) & MAGNITUDE
 
 
 @compiled_pass
 def magnitudes_between(
-    base, base_code, clients_N, codes_N, start, stop, low_N, high_N, above_N, between_N, marks_NM, found_NM, used_N
+    base,
+    base_code,
+    clients_N,
+    codes_N,
+    kind,
+    numbers_2N,
+    rows_R,
+    start,
+    stop,
+    low_R,
+    high_R,
+    above_R,
+    between_R,
+    marks_RM,
+    found_RM,
+    used_R,
 ):
-    """Count, for each client, the deltas of a piece whose magnitude's bits are above `high`, and those from `low` to
+    """Count, for each row, the elements of a piece whose magnitude's bits are above `high`, and those from `low` to
     `high`, which are written down too unless the two are equal.
 
     Args:
-        above_N, between_N: are added to.
-        marks_NM: takes `between_N` as it is at the beginning of each block, counted from that in which `start` is.
-        found_NM, used_N: take what is between and written down, in order, and count it.
+        rows_R: which rows; the same one may be there twice.
+        above_R, between_R: are added to.
+        marks_RM: takes `between_R` as it is at the beginning of each block, counted from that in which `start` is.
+        found_RM, used_R: take what is between and written down, in order, and count it.
 
     Returns:
-        Where it stopped, because a row of `found_NM` has no room for another block; else `stop`.
+        Where it stopped, because a row of `found_RM` has no room for another block; else `stop`.
     """
-    base_store = np.empty(BLOCK, np.float32)
-    delta_store = np.empty(BLOCK, np.float32)
+    work_KB, score_NB = _room(clients_N, rows_R.size)
     bits_store = np.empty(BLOCK, np.uint32)
+    address = bits_store.ctypes.data
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        if used_N.max() + size + _ROW > found_NM.shape[1]:
+        if used_R.max() + size > found_RM.shape[1]:
             return begin
-        base_B, delta_B, bits_B = base_store[:size], delta_store[:size], bits_store[:size]
-        load(base, base_code, begin, base_B)
-        for n in range(clients_N.size):
-            low, high = low_N[n], high_N[n]
-            marks_NM[n, np.uint64((begin - start) // BLOCK)] = between_N[n]
-            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
-            above, equal = 0, 0
+        load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
+        for r in range(rows_R.size):
+            low, high = low_R[r], high_R[r]
+            score_B, bits_B = score_NB[rows_R[r], :size], bits_store[:size]
+            marks_RM[r, np.uint64((begin - start) // BLOCK)] = between_R[r]
+            above, equal = np.uint32(0), np.uint32(0)
             for s in range(size):
-                bits_B[s] = np.uint32(bits_of(delta_B[s]) & MAGNITUDE)
-                above += bits_B[s] > high
-            above_N[n] += above
+                bits_B[s] = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
+                above += np.uint32(1) if bits_B[s] > high else np.uint32(0)
+            above_R[r] += np.int64(above)
             if low == high:
                 for s in range(size):
-                    equal += bits_B[s] == low
-                between_N[n] += equal
+                    equal += np.uint32(1) if bits_B[s] == low else np.uint32(0)
+                between_R[r] += np.int64(equal)
             else:
-                used = _between(bits_B, low, np.uint32(high - low), found_NM[n], used_N[n])
-                between_N[n] += used - used_N[n]
-                used_N[n] = used
+                used = _between(bits_B, address, low, np.uint32(high - low), found_RM[r], used_R[r])
+                between_R[r] += used - used_R[r]
+                used_R[r] = used
     return stop
 
 
 @compiled_part
-def _between(bits_B, low, width, found_M, used):
-    """Few elements lie between the limits: a row without one is passed over."""
+def _between(bits_B, address, low, width, found_M, used):
+    """Few elements lie between the limits: 64 at a time are compared, and those that do are looked up."""
     whole = bits_B.size - bits_B.size % _ROW
     for first in range(0, whole, _ROW):
-        row_B = bits_B[first : first + _ROW]
-        hits = np.uint32(0)
-        for s in range(_ROW):
-            hits = np.uint32(hits | (np.uint32(1) if np.uint32(row_B[s] - low) <= width else np.uint32(0)))
-        if hits:
-            for s in range(_ROW):
-                found_M[np.uint64(used)] = row_B[s]
-                used += np.int64(np.uint32(row_B[s] - low) <= width)
+        hits = within(address + 4 * first, low, width)
+        while hits:
+            found_M[np.uint64(used)] = bits_B[np.uint64(first + lowest_bit(hits))]
+            used += 1
+            hits &= hits - np.uint64(1)
     for s in range(whole, bits_B.size):
-        found_M[np.uint64(used)] = bits_B[s]
-        used += np.int64(np.uint32(bits_B[s] - low) <= width)
+        if np.uint32(bits_B[s] - low) <= width:
+            found_M[np.uint64(used)] = bits_B[s]
+            used += 1
     return used
 
 
 @compiled_pass
-def count_magnitudes(base, base_code, client, code, start, stop, low, high, shift, counts_K):
-    """Add to bin (bits - low) >> shift, for each delta of a piece whose magnitude's bits are from low to high."""
-    base_store = np.empty(BLOCK, np.float32)
-    delta_store = np.empty(BLOCK, np.float32)
+def count_magnitudes(
+    base, base_code, clients_N, codes_N, kind, numbers_2N, row, start, stop, low, high, shift, counts_K
+):
+    """Add to bin (bits - low) >> shift, for each element of a row whose magnitude's bits are from low to high."""
+    work_KB, score_NB = _room(clients_N, 1)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        base_B, delta_B = base_store[:size], delta_store[:size]
-        load(base, base_code, begin, base_B)
-        load_delta(client, code, begin, base_B, delta_B)
+        load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
+        score_B = score_NB[row, :size]
         for s in range(size):
-            bits = np.uint32(bits_of(delta_B[s]) & MAGNITUDE)
+            bits = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
             if low <= bits <= high:
                 counts_K[np.uint32(bits - low) >> shift] += 1
 
 
 @compiled_pass
-def nth_equal(base, base_code, client, code, start, stop, wanted, nth):
-    """The index of the nth delta (from 1) in a piece whose magnitude has the wanted bits; -1 if there are fewer."""
-    base_store = np.empty(BLOCK, np.float32)
-    delta_store = np.empty(BLOCK, np.float32)
+def nth_equal(base, base_code, clients_N, codes_N, kind, numbers_2N, row, start, stop, wanted, nth):
+    """The index of the nth element (from 1) of a row whose magnitude has the wanted bits; -1 if there are fewer."""
+    work_KB, score_NB = _room(clients_N, 1)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        base_B, delta_B = base_store[:size], delta_store[:size]
-        load(base, base_code, begin, base_B)
-        load_delta(client, code, begin, base_B, delta_B)
+        load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
+        score_B = score_NB[row, :size]
         here = 0
         for s in range(size):
-            here += np.uint32(bits_of(delta_B[s]) & MAGNITUDE) == wanted
+            here += np.uint32(bits_of(score_B[s]) & MAGNITUDE) == wanted
         if here < nth:
             nth -= here
             continue
         for s in range(size):
-            if np.uint32(bits_of(delta_B[s]) & MAGNITUDE) == wanted:
+            if np.uint32(bits_of(score_B[s]) & MAGNITUDE) == wanted:
                 nth -= 1
                 if nth == 0:
                     return begin + s

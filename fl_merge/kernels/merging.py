@@ -22,8 +22,9 @@ from fl_merge.kernels.blocks import (
     store,
     uniform_words,
 )
+from fl_merge.kernels.scoring import variances
 
-KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE = 1, 2, 3
+KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -96,6 +97,20 @@ def _drop_largest(delta_B, threshold, above, last):
         head_B[s] = _ZERO if abs(head_B[s]) >= threshold else head_B[s]
     for s in range(tail_B.size):
         tail_B[s] = _ZERO if abs(tail_B[s]) >= above else tail_B[s]
+
+
+@compiled_part
+def _keep_varying(delta_NB, threshold, above, last, mean_B, variance_B):
+    """Keep the deltas of an element whose variance over the clients is above the cut, as `_keep_largest`."""
+    size = variance_B.size
+    variances(delta_NB, mean_B, variance_B)
+    before = min(max(last + 1, 0), size)
+    for s in range(size):
+        variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
+    for n in range(delta_NB.shape[0]):
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            delta_B[s] = delta_B[s] if variance_B[s] > _ZERO else _ZERO
 
 
 @compiled_part
@@ -176,6 +191,7 @@ def prune_combine(
     clients_N,
     codes_N,
     weights_N,
+    voices_N,
     prune,
     thresholds_N,
     above_N,
@@ -202,7 +218,9 @@ def prune_combine(
     are counted. Here it is plus; what comes out with minus is noted beside it.
 
     Args:
-        thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor.
+        weights_N, voices_N: in the sum, and in an election by total.
+        thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor. For
+            KEEP_VARYING the first ones are of the variance.
         top_thresholds_N, top_above_N, top_last_N: for KEEP_MIDDLE: what is dropped as the largest.
         keys_N, limits_N, divisors_N: for KEEP_RANDOM.
         drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
@@ -233,14 +251,16 @@ def prune_combine(
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
             if prune == KEEP_RANDOM:
                 _keep_random(delta_B, keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
-            elif prune != 0:
+            elif prune in (KEEP_LARGEST, KEEP_MIDDLE):
                 _keep_largest(delta_B, thresholds_N[n], above_N[n], last_N[n] - begin)
                 if prune == KEEP_MIDDLE:
                     _drop_largest(delta_B, top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
+        if prune == KEEP_VARYING:
+            _keep_varying(deltas, thresholds_N[0], above_N[0], last_N[0] - begin, share_B, value_B)
         if elect == ELECT_FREQUENCY:
             _add_votes(deltas, elected_B)
         else:
-            _add(deltas, weights_N, elected_B)
+            _add(deltas, voices_N, elected_B)
         if elect == ELECT_NONE:
             for s in range(size):
                 value_B[s] = base_B[s] + elected_B[s] * scale

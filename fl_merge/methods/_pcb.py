@@ -6,7 +6,7 @@ from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
 from fl_merge.ops.scores import balance, products
 from fl_merge.ops.sparsify import keep_count, trim_to_largest
-from fl_merge.shapes import Coordinate, Cuts, Maxima, Slice
+from fl_merge.shapes import Balanced, Coordinate, Cuts, Maxima, Slice
 
 
 @merge_method(paper="Du et al., 2024, arXiv:2410.02396", identity={"density": 1.0}, passes="3")
@@ -30,7 +30,7 @@ def pcb(*, density: Density = 0.2, scale: Scale = 1.0) -> Coordinate:
     """
 
     def maxima(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        return torch.cat([deltas_NS.abs().amax(dim=1), products(deltas_NS).abs().amax(dim=1)])
+        return torch.cat([deltas_NS.abs().amax(dim=1).double(), products(deltas_NS).abs().amax(dim=1)])
 
     def scores(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         count = len(deltas_NS)
@@ -47,4 +47,5 @@ def pcb(*, density: Density = 0.2, scale: Scale = 1.0) -> Coordinate:
     def count(numel: int, positive: int) -> int:
         return keep_count(density, numel)
 
-    return Coordinate(combine, measures=(Maxima(maxima), Cuts(scores, count)))
+    measures = Maxima(maxima, compiled="products"), Cuts(scores, count, compiled="balance")
+    return Coordinate(combine, measures=measures, stages=Balanced(scale))

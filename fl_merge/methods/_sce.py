@@ -4,9 +4,11 @@ from torch import Tensor
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.consensus import disjoint_merge, elect_sign
+from fl_merge.ops.gram import sums_of_squares
 from fl_merge.ops.scores import variance
 from fl_merge.ops.sparsify import above_cut, keep_count
 from fl_merge.shapes import Coordinate, Cuts, Slice, Sums
+from fl_merge.stages import Selected
 
 
 @merge_method(paper="Wan et al., 2024, arXiv:2408.07990", passes="3")
@@ -41,17 +43,17 @@ def sce(*, density: Density = 0.1, scale: Scale = 1.0) -> Coordinate:
         return torch.where(above_cut(variance(deltas_NS), index_S, threshold, int(last)), deltas_NS, 0.0)
 
     def squares(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        return selected(deltas_NS, at).double().square().sum(dim=1)
+        return sums_of_squares(selected(deltas_NS, at))
 
     def votes(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         return elect_sign(selected(deltas_NS, at), torch.ones_like(weights_N))
 
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        squares_N = at.joint_K[2:]
-        shares_N = squares_N / squares_N.sum() if squares_N.sum() > 0 else torch.ones_like(squares_N)
+        shares_N = Selected.shares_N(at.joint_K)
         chosen_NS = selected(deltas_NS, at)
         return scale * disjoint_merge(
             chosen_NS, shares_N, "total", lambda: at.tally, normalize=True, voices_N=torch.ones_like(shares_N)
         )
 
-    return Coordinate(combine, tally=votes, measures=(Cuts(score, count), Sums(squares)))
+    measures = Cuts(score, count, compiled="variance"), Sums(squares, compiled="kept squares")
+    return Coordinate(combine, tally=votes, measures=measures, stages=Selected(scale))

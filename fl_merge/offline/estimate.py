@@ -57,9 +57,7 @@ def _held(output: Output, models: int) -> int:
     wide = TensorSpec(output.spec.shape, compute_dtype(output.spec.dtype)).nbytes
     whole = isinstance(output.compute, Matrix | Whole)
     if isinstance(output.compute, Coordinate):
-        whole = output.compute.joint is not None or (
-            output.compute.survey is not None and output.compute.stages is None
-        )
+        whole = output.compute.survey is not None and output.compute.stages is None
     if whole:
         return wide * (2 * len(output.reads) + 2)
     sliced = SLICE_ELEMENTS * 8 * (2 * len(output.reads) + 2)

@@ -52,6 +52,20 @@ def gram_partials(vectors_NS: Tensor) -> Tensor:
     return torch.stack([added_by_halves(by_group[start : start + BLOCK // GROUP]) for start in starts])
 
 
+def sums_of_squares(vectors_NS: Tensor) -> Tensor:
+    """(N,) float64: the diagonal of `gram_partials` of one block, of BLOCK elements at most."""
+    count, numel = vectors_NS.shape
+    groups = -(-numel // GROUP)
+    padded_NS = torch.nn.functional.pad(vectors_NS.double(), (0, groups * GROUP - numel))
+    steps = padded_NS.square_().view(count, groups, GROUP // LANES, LANES).unbind(dim=2)
+    sums = torch.zeros(count, groups, LANES, dtype=torch.float64, device=vectors_NS.device)
+    for step in steps:
+        sums += step
+    while sums.shape[-1] > 1:
+        sums = sums[..., : sums.shape[-1] // 2] + sums[..., sums.shape[-1] // 2 :]
+    return added_by_halves(sums[..., 0].T)
+
+
 def gram_of_lines(vectors_NRC: Tensor, along: str) -> Tensor:
     """Inner products of every pair of vectors for each row or each column of matrices.
 

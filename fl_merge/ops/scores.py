@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fl_merge.ops.combine import weighted_sum
+
+_LOWEST = -120.0
+_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
+"""Of log(2) the first has so few bits that its products with whole numbers are exact."""
+
+_ROUNDING = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
+"""Added and subtracted again, this rounds to whole numbers."""
+
+_TERMS = {torch.float32: 7, torch.float64: 14}
+"""Of the series of exp."""
 
 
 def variance(deltas_NS: Tensor) -> Tensor:
@@ -28,17 +40,6 @@ def variance(deltas_NS: Tensor) -> Tensor:
     return total_S / count
 
 
-def relative(values_NS: Tensor, largest_N: Tensor) -> Tensor:
-    """The values as parts of the largest one; 0 where that is 0.
-
-    Args:
-        values_NS: (N, S), a floating dtype.
-        largest_N: (N,), float64, >= 0.
-    """
-    divisor_N = torch.where(largest_N > 0, largest_N, 1.0).to(values_NS.device, values_NS.dtype)
-    return values_NS / divisor_N[:, None]
-
-
 def balance(deltas_NS: Tensor, largest_N: Tensor, largest_product_N: Tensor) -> Tensor:
     """How much each client's element counts: its size within the client, times its agreement with all clients.
 
@@ -49,14 +50,62 @@ def balance(deltas_NS: Tensor, largest_N: Tensor, largest_product_N: Tensor) -> 
         deltas_NS: (N, S), a floating dtype.
         largest_N, largest_product_N: (N,), float64: over the whole tensor, of |tau_i| and of |tau_i sum_j tau_j|.
     """
-    count = len(deltas_NS)
-    size_NS = relative(deltas_NS, largest_N)
-    agreement_NS = relative(products(deltas_NS), largest_product_N)
-    # In float64, and rounded: how the functions of float32 round depends on where a slice begins.
-    inner_NS = ((size_NS * size_NS).double() - 1).mul_(count).exp_()
-    return inner_NS.mul_(agreement_NS.double().tanh_()).clamp_(min=0.0).to(deltas_NS.dtype)
+    largest_N, typical_N = scales(largest_N, largest_product_N, deltas_NS.dtype)
+    size_NS = deltas_NS / largest_N.to(deltas_NS.device)[:, None]
+    agreement_NS = size_NS * (_total(deltas_NS) / typical_N.to(deltas_NS.device)[:, None])
+    agreement_NS = torch.where(agreement_NS <= 0, 0.0, agreement_NS)
+    return _exp((size_NS * size_NS - 1.0) * len(deltas_NS)) * _tanh(agreement_NS)
+
+
+def scales(largest_N: Tensor, largest_product_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What deltas and their sum are divided by, so that the product's largest magnitude is 1; 1 in place of 0.
+
+    Args:
+        largest_N, largest_product_N: as for `balance`.
+        dtype: of the two that come out, (N,).
+    """
+    largest_N = torch.where(largest_N.to(dtype) > 0, largest_N, 1.0)
+    typical_N = (largest_product_N / largest_N).to(dtype)
+    return largest_N.to(dtype), torch.where(typical_N > 0, typical_N, 1.0)
 
 
 def products(deltas_NS: Tensor) -> Tensor:
-    """tau_i sum_j tau_j, (N, S)."""
-    return deltas_NS * weighted_sum(deltas_NS, torch.ones(len(deltas_NS), dtype=torch.float64))
+    """tau_i sum_j tau_j, (N, S), float64: those of float32 fit it, however large or small."""
+    return deltas_NS.double() * _total(deltas_NS)
+
+
+def _total(deltas_NS: Tensor) -> Tensor:
+    return weighted_sum(deltas_NS, torch.ones(len(deltas_NS), dtype=torch.float64))
+
+
+# The same operations in the same order everywhere: how the library's functions round depends on where a slice begins,
+# and on the machine.
+
+
+def _exp(values: Tensor) -> Tensor:
+    """exp of numbers up to 0, and exp(-120) of those below -120 (0 in float32): 2^k exp(r), |r| <= log(2) / 2."""
+    values = torch.where(values < _LOWEST, _LOWEST, values)
+    whole = (values * _LOG2_E + _ROUNDING[values.dtype]) - _ROUNDING[values.dtype]
+    rest = (values - whole * _LN2_HIGH) - whole * _LN2_LOW
+    terms = _TERMS[values.dtype]
+    power = rest * (1 / math.factorial(terms)) + 1 / math.factorial(terms - 1)
+    for term in range(terms - 2, -1, -1):
+        power = power * rest + 1 / math.factorial(term)
+    steps = whole.to(torch.int32)
+    half = steps >> 1
+    return power * _power_of_2(half, values.dtype) * _power_of_2(steps - half, values.dtype)
+
+
+def _power_of_2(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^k as the bits of the dtype; k is within its normal range."""
+    if dtype == torch.float64:
+        return (exponents.long() + 1023 << 52).view(dtype)
+    return (exponents + 127 << 23).view(dtype)
+
+
+def _tanh(values: Tensor) -> Tensor:
+    """tanh of numbers from 0 to 1, by Lambert's continued fraction: correct to 1e-10."""
+    square = values * values
+    above = ((square + 378.0) * square + 17325.0) * square + 135135.0
+    below = ((square * 28.0 + 3150.0) * square + 62370.0) * square + 135135.0
+    return values * above / below

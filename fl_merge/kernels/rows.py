@@ -1,0 +1,218 @@
+"""Rows of scores that are never in memory as a whole: what is counted of them, and passes that go by them.
+
+Suffixes: N clients, R rows, P runs, M of a sample or of what is between, K bins, X blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fl_merge.kernels.passes import LARGEST, Array, Inputs, cut, largest_magnitude, output
+from fl_merge.ops.gram import BLOCK
+from fl_merge.ops.scores import scales
+
+ROOM = 1 << 15
+"""How many magnitudes of a row `between` writes down at a time."""
+
+BINS = 1 << 14
+"""How many bins `count` tells apart."""
+
+SCORES = {"deltas": 0, "variance": 1, "balance": 2}
+"""What the rows are, with the numbers by which `compiled` knows it."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How a row's magnitudes lie to two limits.
+
+    Args:
+        above: how many are above the upper one.
+        between: how many are from the lower to the upper one.
+        between_M: these, as bits, uint32, in order; none where the limits are equal.
+        starts, marks: for blocks of elements, in order: the first element, and how many were between before it.
+        complete: false if there were more between than had room: then only `above` means anything.
+    """
+
+    above: int
+    between: int
+    between_M: Array
+    starts: Array
+    marks: Array
+    complete: bool
+
+
+class Rows:
+    """Rows of scores of one tensor's elements: the clients' deltas, or what `ops.scores` makes of them.
+
+    Args:
+        inputs: the tensor.
+        scores: of `SCORES`: "deltas" and "balance" have a row a client, "variance" has one.
+        largest_2N: for "balance": float64, the largest magnitudes of each client's deltas, and of their products with
+            the sum of all.
+    """
+
+    def __init__(self, inputs: Inputs, scores: str = "deltas", largest_2N: Tensor | None = None) -> None:
+        self._inputs = inputs
+        self._kind = SCORES[scores]
+        self._numbers_2N = np.ones((2, 0), np.float32) if largest_2N is None else _divisors(largest_2N)
+        self._rows_R = np.arange(1 if scores == "variance" else inputs.clients)
+
+    @property
+    def numel(self) -> int:
+        """Elements of a row."""
+        return self._inputs.numel
+
+    def some(self, rows: Sequence[int]) -> Self:
+        """The same with some of the rows, which may be there twice."""
+        kept: Self = type(self).__new__(type(self))
+        kept._inputs, kept._kind, kept._numbers_2N = self._inputs, self._kind, self._numbers_2N
+        kept._rows_R = self._rows_R[list(rows)]
+        if self._kind == SCORES["deltas"]:
+            clients, kept._rows_R = np.unique(kept._rows_R, return_inverse=True)
+            kept._inputs = self._inputs.some(clients.tolist())
+        return kept
+
+    @property
+    def _kernels(self) -> ModuleType:
+        return self._inputs.kernels
+
+    @property
+    def _scored(self) -> tuple[int, int, Array, Array, int, Array]:
+        return *self._inputs.addresses, self._kind, self._numbers_2N
+
+    def sample(self, starts_P: Array, length: int) -> Array:
+        """(R, P * length) uint32: the bits of the magnitudes in runs of that length, a block's at most."""
+        bits_RM = np.empty((len(self._rows_R), len(starts_P) * length), np.uint32)
+        self._kernels.sample_magnitudes(*self._scored, self._rows_R, starts_P, bits_RM)
+        return bits_RM
+
+    def between(self, start: int, stop: int, low_R: Array, high_R: Array, room: int) -> list[Counted]:
+        """How the magnitudes of each row from start to stop, as the bits of float32, lie to its limits.
+
+        Args:
+            low_R, high_R: (R,), uint32.
+            room: how many of a row's that are between are written down at most.
+        """
+        rows = len(self._rows_R)
+        above_R, between_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        found_RM = np.empty((rows, ROOM), np.uint32)
+        parts: list[list[Array]] = [[] for _ in range(rows)]
+        starts, marks = [], []
+        limits_R = low_R.copy(), high_R.copy()
+        while start < stop:
+            used_R = np.zeros(rows, np.int64)
+            where = *self._scored, self._rows_R, start, stop
+            marks_RM = np.empty((rows, math.ceil((stop - start) / self._kernels.BLOCK)), np.int64)
+            totals = above_R, between_R, marks_RM
+            end = self._kernels.magnitudes_between(*where, *limits_R, *totals, found_RM, used_R)
+            starts.append(np.arange(start, end, self._kernels.BLOCK))
+            marks.append(marks_RM[:, : len(starts[-1])])
+            start = end
+            for row, used in enumerate(used_R):
+                if limits_R[0][row] != limits_R[1][row]:
+                    parts[row].append(found_RM[row, :used].copy())
+                if sum(part.size for part in parts[row]) > room:
+                    # What is counted from here on has no meaning; nothing more is written down.
+                    parts[row].clear()
+                    limits_R[0][row] = limits_R[1][row]
+        return [
+            Counted(
+                int(above),
+                int(between),
+                np.concatenate([np.empty(0, np.uint32), *part]),
+                np.concatenate(starts),
+                marks_M,
+                complete=bool(low == limits_R[0][row]),
+            )
+            for row, (above, between, part, marks_M, low) in enumerate(
+                zip(above_R, between_R, parts, np.concatenate(marks, axis=1), low_R, strict=True)
+            )
+        ]
+
+    def count(self, row: int, start: int, stop: int, low: int, high: int, shift: int) -> Array:
+        """(BINS,) int64: how many of a row's magnitudes are in each bin of 2^shift bits from `low` to `high`."""
+        counts_K = np.zeros(BINS, np.int64)
+        one, limits = self.some([row]), (np.uint32(low), np.uint32(high), np.uint32(shift))
+        self._kernels.count_magnitudes(*one._scored, one._rows_R[0], start, stop, *limits, counts_K)
+        return counts_K
+
+    def nth_equal(self, row: int, start: int, stop: int, wanted: int, nth: int) -> int:
+        """The index of the nth element of one row from start to stop whose magnitude has these bits."""
+        one = self.some([row])
+        return int(self._kernels.nth_equal(*one._scored, one._rows_R[0], start, stop, np.uint32(wanted), nth))
+
+
+def largest_of_products(inputs: Inputs, start: int, stop: int) -> Tensor:
+    """(2 N,) float64: the largest magnitudes of each client's deltas, and of their products with the sum of all."""
+    largest_N, product_N = np.zeros(inputs.clients, np.uint32), np.zeros(inputs.clients, np.uint64)
+    inputs.kernels.largest_of_products(*inputs.addresses, start, stop, largest_N, product_N)
+    return torch.from_numpy(np.concatenate([largest_N.view(np.float32).astype(np.float64), product_N.view(np.float64)]))
+
+
+def kept_squares(inputs: Inputs, varying_2: Tensor, start: int, stop: int) -> Tensor:
+    """(X, N) float64: the sums of squares of each client's deltas where their variance is above a cut.
+
+    Args:
+        varying_2: (2,), float64: the cut.
+        start: a multiple of BLOCK, over which each sum runs.
+    """
+    sums_XN = np.empty((math.ceil((stop - start) / BLOCK), inputs.clients), np.float64)
+    (threshold,), (above,), (last,) = cut(varying_2[None], 1)
+    inputs.kernels.kept_squares(*inputs.addresses, threshold, above, last, start, stop, sums_XN)
+    return torch.from_numpy(sums_XN)
+
+
+def combine_balanced(
+    inputs: Inputs, largest_2N: Tensor, cutoffs_N2: Tensor, scale: float, start: int, stop: int, out_S: Tensor
+) -> int:
+    """Write base + scale * the mean of the deltas weighed by their balance, where that is above its client's cut.
+
+    Args:
+        largest_2N: as for `Rows`.
+        cutoffs_N2: (N, 2), float64: the cuts.
+        out_S: as long as the piece; float32, bfloat16 or float16.
+
+    Returns:
+        The bits of the largest float32 magnitude in it.
+    """
+    out, code = output(out_S, start, stop)
+    numbers_2N, scaled = _divisors(largest_2N), np.float32(np.clip(scale, -LARGEST, LARGEST))
+    cuts = cut(cutoffs_N2, inputs.clients)
+    return int(inputs.kernels.combine_balanced(*inputs.addresses, numbers_2N, *cuts, scaled, start, stop, out, code))
+
+
+def _divisors(largest_2N: Tensor) -> Array:
+    largest_N, product_N = largest_2N
+    return torch.stack(scales(largest_N, product_N, torch.float32)).numpy()
+
+
+def warm_up(kernels: ModuleType) -> None:
+    """Call every pass once, so that what can go wrong in compiling them goes wrong here."""
+    base_S, out_S = torch.zeros(4), torch.empty(4)
+    inputs = Inputs(kernels, base_S, [torch.ones(4), torch.ones(4, dtype=torch.bfloat16)])
+    weights_N = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    inputs.weighted_sum(1.0, [0.5, 0.5], 0, 4, out_S)
+    inputs.prune_combine(weights_N, election="total", start=0, stop=4, out_S=out_S)
+    inputs.combine_elements(
+        "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
+    )
+    inputs.gram("deltas", 0, 4, torch.empty(2, 2, dtype=torch.float64))
+    inputs.keep_ranked(0, 4, row=4, keys_N=[1, 2], density_N=[0.5, 0.5], epsilon=0.1, divisor_N=None)
+    rows = Rows(inputs)
+    rows.sample(np.zeros(1, np.int64), 4)
+    rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
+    rows.count(0, 0, 4, 0, 1, 0)
+    rows.nth_equal(0, 0, 4, 0, 1)
+    kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
+    largest = largest_of_products(inputs, 0, 4)
+    combine_balanced(inputs, largest.reshape(2, -1), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
+    largest_magnitude(kernels, base_S, 0, 4)
+    kernels.uniform(np.uint64(1), 0, np.empty(4))

@@ -1,0 +1,247 @@
+"""Scores of elements over all clients, and passes that go by them: `ops.scores` bit for bit, operation by operation.
+
+Suffixes: N clients, B the elements of a block, R rows of scores, L lanes, X blocks of a partial sum, K rows of scratch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fl_merge.kernels.blocks import (
+    BLOCK,
+    MAGNITUDE,
+    bits_of,
+    bits_of_double,
+    compiled_part,
+    compiled_pass,
+    from_bits,
+    load,
+    load_delta,
+    store,
+)
+
+DELTAS, VARIANCE, BALANCE = 0, 1, 2
+"""What the rows of scores are: the clients' deltas themselves, one row of variances, a balance for each client."""
+
+SCRATCH = 3
+"""Rows of scratch beside one for each client."""
+
+_LANES, _GROUP, _SUM_BLOCK = 16, 1024, 16384
+"""As `ops.gram` has them."""
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_ROUNDING, _LOWEST = np.float32(12582912.0), np.float32(-120.0)
+_BIASED = np.uint32(0x4B400000 - 2 * 127)
+"""The bits of `_ROUNDING`, less the exponents of two numbers between 1 and 2."""
+
+_E1, _E2, _E3 = np.float32(1 / 5040), np.float32(1 / 720), np.float32(1 / 120)
+_E4, _E5, _E6 = np.float32(1 / 24), np.float32(1 / 6), np.float32(1 / 2)
+_T0, _T1, _T2 = np.float32(135135), np.float32(17325), np.float32(378)
+_U1, _U2, _U3 = np.float32(62370), np.float32(3150), np.float32(28)
+
+
+@compiled_part
+def variances(delta_NB, mean_B, out_B):
+    """`ops.scores.variance`."""
+    size, count = out_B.size, np.float32(delta_NB.shape[0])
+    first_B = delta_NB[0, :size]
+    mean_B[:] = _ZERO
+    for n in range(1, delta_NB.shape[0]):
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            mean_B[s] += delta_B[s] - first_B[s]
+    for s in range(size):
+        mean_B[s] = mean_B[s] / count
+        out_B[s] = mean_B[s] * mean_B[s]
+    for n in range(1, delta_NB.shape[0]):
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            apart = (delta_B[s] - first_B[s]) - mean_B[s]
+            out_B[s] += apart * apart
+    for s in range(size):
+        out_B[s] = out_B[s] / count
+
+
+@compiled_part
+def _sum(delta_NB, total_B):
+    size = total_B.size
+    total_B[:] = delta_NB[0, :size]
+    for n in range(1, delta_NB.shape[0]):
+        delta_B = delta_NB[n, :size]
+        for s in range(size):
+            total_B[s] += delta_B[s]
+
+
+@compiled_part
+def _balance(delta_B, total_B, largest, typical, count, out_B):
+    """`ops.scores.balance` of one client."""
+    for s in range(out_B.size):
+        size = delta_B[s] / largest
+        agreement = size * (total_B[s] / typical)
+        agreement = _ZERO if agreement <= _ZERO else agreement
+        inner = (size * size - _ONE) * count
+        inner = _LOWEST if inner < _LOWEST else inner
+        moved = inner * _LOG2_E + _ROUNDING
+        whole = moved - _ROUNDING
+        rest = (inner - whole * _LN2_HIGH) - whole * _LN2_LOW
+        power = rest * _E1 + _E2
+        power = power * rest + _E3
+        power = power * rest + _E4
+        power = power * rest + _E5
+        power = power * rest + _E6
+        power = power * rest + _ONE
+        power = power * rest + _ONE
+        # The exponents of two powers of 2, which need not be normal numbers together: that of `whole` is in its bits.
+        exponents = np.uint32(bits_of(moved) - _BIASED)
+        half = np.uint32(exponents >> np.uint32(1))
+        power = power * from_bits(np.uint32(half << np.uint32(23)))
+        power = power * from_bits(np.uint32(np.uint32(exponents - half) << np.uint32(23)))
+        square = agreement * agreement
+        above = ((square + _T2) * square + _T1) * square + _T0
+        below = ((square * _U3 + _U2) * square + _U1) * square + _T0
+        out_B[s] = power * (agreement * above / below)
+
+
+@compiled_part
+def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_RB):
+    """The scores of `size` elements from `begin` on.
+
+    Args:
+        numbers_2N: for BALANCE: of each client, as `ops.scores.scales`.
+        work_KB: SCRATCH rows of scratch, and then one for each client, which takes its deltas (but with DELTAS).
+    """
+    base_B = work_KB[0, :size]
+    load(base, base_code, begin, base_B)
+    delta_NB = score_RB if kind == DELTAS else work_KB[SCRATCH:]
+    for n in range(clients_N.size):
+        load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+    if kind == VARIANCE:
+        variances(delta_NB, work_KB[1, :size], score_RB[0, :size])
+    elif kind == BALANCE:
+        total_B, count = work_KB[1, :size], np.float32(clients_N.size)
+        _sum(delta_NB, total_B)
+        for n in range(clients_N.size):
+            _balance(delta_NB[n, :size], total_B, numbers_2N[0, n], numbers_2N[1, n], count, score_RB[n, :size])
+
+
+@compiled_pass
+def largest_of_products(base, base_code, clients_N, codes_N, start, stop, largest_N, product_N):
+    """The bits of the largest magnitudes of each client's deltas, in float32, and of their products with the sum of all
+    deltas, in float64."""
+    count = clients_N.size
+    base_store, total_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    delta_NB = np.empty((count, BLOCK), np.float32)
+    for begin in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - begin)
+        base_B, total_B = base_store[:size], total_store[:size]
+        load(base, base_code, begin, base_B)
+        for n in range(count):
+            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+        _sum(delta_NB, total_B)
+        for n in range(count):
+            delta_B = delta_NB[n, :size]
+            largest, product = largest_N[n], product_N[n]
+            for s in range(size):
+                largest = max(largest, np.uint32(bits_of(delta_B[s]) & MAGNITUDE))
+                bits = bits_of_double(np.float64(delta_B[s]) * np.float64(total_B[s]))
+                product = max(product, bits & np.uint64(0x7FFFFFFFFFFFFFFF))
+            largest_N[n], product_N[n] = largest, product
+
+
+@compiled_pass
+def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, start, stop, out_XN):
+    """Sums of squares of each client's deltas where the variance is above the cut, as `ops.gram.sums_of_squares`.
+
+    Args:
+        threshold, above, last: the cut, the float32 that follows it, and the last element just on it that is kept.
+        start, stop: from a multiple of 16384 on.
+    """
+    count = clients_N.size
+    base_store, mean_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    variance_store, delta_NB = np.empty(BLOCK, np.float32), np.zeros((count, BLOCK), np.float32)
+    sum_NL = np.empty((count, _LANES), np.float64)
+    group_NG = np.zeros((count, _SUM_BLOCK // _GROUP), np.float64)
+    for x in range(out_XN.shape[0]):
+        first = start + x * _SUM_BLOCK
+        end = min(first + _SUM_BLOCK, stop)
+        groups = (end - first + _GROUP - 1) // _GROUP
+        for g in range(groups):
+            sum_NL[:] = 0.0
+            for begin in range(first + g * _GROUP, min(first + (g + 1) * _GROUP, end), BLOCK):
+                size = min(BLOCK, end - begin)
+                base_B, variance_B = base_store[:size], variance_store[:size]
+                load(base, base_code, begin, base_B)
+                for n in range(count):
+                    load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+                variances(delta_NB, mean_store[:size], variance_B)
+                before = min(max(last + 1 - begin, 0), size)
+                for s in range(size):
+                    limit = threshold if s < before else above
+                    variance_B[s] = _ONE if variance_B[s] >= limit else _ZERO
+                for n in range(count):
+                    delta_B, sum_L = delta_NB[n], sum_NL[n]
+                    for s in range(size):
+                        delta_B[s] = delta_B[s] if variance_B[s] > _ZERO else _ZERO
+                    for s in range(size, (size + _LANES - 1) // _LANES * _LANES):
+                        delta_B[s] = _ZERO
+                    for step in range(0, size, _LANES):
+                        for lane in range(_LANES):
+                            value = np.float64(delta_B[step + lane])
+                            sum_L[lane] += value * value
+            for n in range(count):
+                sum_L = sum_NL[n]
+                for half in (8, 4, 2, 1):
+                    for lane in range(half):
+                        sum_L[lane] += sum_L[lane + half]
+                group_NG[n, g] = sum_L[0]
+        for n in range(count):
+            left = groups
+            while left > 1:
+                for g in range(left // 2):
+                    group_NG[n, g] = group_NG[n, 2 * g] + group_NG[n, 2 * g + 1]
+                if left % 2:
+                    group_NG[n, left // 2] = group_NG[n, left - 1]
+                left = (left + 1) // 2
+            out_XN[x, n] = group_NG[n, 0]
+
+
+@compiled_pass
+def combine_balanced(
+    base, base_code, clients_N, codes_N, numbers_2N, thresholds_N, above_N, last_N, scale, start, stop, out, out_code
+):
+    """base + scale * the mean of the deltas, each weighed by its balance where that is above its client's cut.
+
+    Returns:
+        The bits of the largest float32 magnitude in it.
+    """
+    count = clients_N.size
+    work_KB, score_NB = np.empty((SCRATCH + count, BLOCK), np.float32), np.empty((count, BLOCK), np.float32)
+    largest = np.uint32(0)
+    for begin in range(start, stop, BLOCK):
+        size = min(BLOCK, stop - begin)
+        load_scores(base, base_code, clients_N, codes_N, BALANCE, numbers_2N, begin, size, work_KB, score_NB)
+        base_B, total_B, value_B = work_KB[0, :size], work_KB[1, :size], work_KB[2, :size]
+        total_B[:] = _ZERO
+        for n in range(count):
+            score_B, threshold, above = score_NB[n, :size], thresholds_N[n], above_N[n]
+            before = min(max(last_N[n] + 1 - begin, 0), size)
+            head_B, tail_B = score_B[:before], score_B[before:]
+            for s in range(head_B.size):
+                head_B[s] = head_B[s] if head_B[s] >= threshold else _ZERO
+            for s in range(tail_B.size):
+                tail_B[s] = tail_B[s] if tail_B[s] >= above else _ZERO
+            for s in range(size):
+                total_B[s] += score_B[s]
+        for s in range(size):
+            total_B[s] = total_B[s] if total_B[s] > _ZERO else _ONE
+        value_B[:] = -_ZERO
+        for n in range(count):
+            score_B, delta_B = score_NB[n, :size], work_KB[SCRATCH + n, :size]
+            for s in range(size):
+                value_B[s] += (score_B[s] / total_B[s]) * delta_B[s]
+        for s in range(size):
+            value_B[s] = base_B[s] + value_B[s] * scale
+        largest = max(largest, store(value_B, out, out_code, begin))
+    return largest
