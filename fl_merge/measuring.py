@@ -18,7 +18,7 @@ from fl_merge.kernels.rows import Rows, kept_squares, largest_of_products
 from fl_merge.ops.gram import added_by_halves
 from fl_merge.ops.sparsify import largest_cutoff
 from fl_merge.reading import Versions, pieces
-from fl_merge.shapes import Cuts, Maxima, Measure, Slice, Sums
+from fl_merge.shapes import Balanced, Cuts, Maxima, Measure, Slice, Sums
 
 At = Callable[[int, int, Tensor], Slice]
 """From a slice's first and last-plus-one element and the numbers known so far to what a measure is told of it."""
@@ -76,7 +76,7 @@ def _compiled(measure: Measure, known_K: Tensor, native: Inputs, mapped: Mapped,
     if measure.compiled == "variance":
         rows, wanted = Rows(native, "variance"), [(0, counted)]
         return largest_cutoffs([Part(rows, 0)], wanted, mapped, piece).reshape(-1)
-    rows = Rows(native, "balance", known_K[: 2 * native.clients].reshape(2, -1))
+    rows = Rows(native, "balance", Balanced.scales_2N(known_K, native.clients))
     each = [(client, counted(native.numel)) for client in range(native.clients)]
     return largest_cutoffs([Part(rows, 0)], each, mapped, piece).reshape(-1)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fl_merge.errors import RecipeError
 from fl_merge.ops.draws import stream_key, uniform
+from fl_merge.ops.scores import scales
 from fl_merge.ops.sparsify import keep_random
 from fl_merge.types import BASE, CohortSpec, Output, Read, Scope, TensorSpec, Whole
 
@@ -254,6 +255,17 @@ class Balanced:
     """
 
     scale: float
+
+    @staticmethod
+    def scales_2N(joint_K: Tensor, clients: int) -> Tensor:
+        """(2, N) float32: what deltas and their sum are divided by."""
+        largest_N, product_N = joint_K[: 2 * clients].reshape(2, clients)
+        return torch.stack(scales(largest_N, product_N, torch.float32))
+
+    @staticmethod
+    def cutoffs_N2(joint_K: Tensor, clients: int) -> Tensor:
+        """(N, 2) float64: threshold and last index of each client."""
+        return joint_K[2 * clients :].reshape(clients, 2)
 
 
 @dataclass(frozen=True)

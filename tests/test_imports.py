@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "statistics": {"structures", "naming", "errors"},
     "cutoffs": {"kernels"},
     "reading": {"kernels", "ops.combine", "ops.gram", "types", "errors"},
-    "measuring": {"cutoffs", "reading", "shapes", "ops.gram", "ops.sparsify"},
+    "measuring": {"kernels", "cutoffs", "reading", "shapes", "ops.gram", "ops.sparsify"},
     "fillers": {"stages", "shapes", "kernels", "types", "errors"},
     "fill": {
         "fillers",

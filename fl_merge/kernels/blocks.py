@@ -9,7 +9,7 @@ Suffix: B the elements of a block.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import os
 
 import numba
 import numpy as np
@@ -18,10 +18,11 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_PARTS = hashlib.blake2b(
-    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("blocks.py", "scoring.py")), digest_size=8
-).hexdigest()
-"""The files whose parts other files' passes are built from."""
+_parts = hashlib.blake2b(digest_size=8)
+for _name in ("blocks.py", "scoring.py"):  # whose parts are in other files' passes
+    with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
+        _parts.update(_file.read())
+_PARTS = _parts.hexdigest()
 
 compiled_part = numba.njit(nogil=True, fastmath=False, error_model="numpy")
 

@@ -12,10 +12,11 @@ from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
 from fl_merge.kernels.merging import prune_combine, uniform, weighted_sum
 from fl_merge.kernels.ranking import keep_ranked
-from fl_merge.kernels.scoring import combine_balanced, kept_squares, largest_of_products
+from fl_merge.kernels.scoring import SUM_BLOCK, combine_balanced, kept_squares, largest_of_products
 
 __all__ = [
     "BLOCK",
+    "SUM_BLOCK",
     "combine_balanced",
     "combine_elements",
     "count_magnitudes",

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fl_merge.kernels.passes import LARGEST, Array, Inputs, cut, largest_magnitude, output
-from fl_merge.ops.gram import BLOCK
-from fl_merge.ops.scores import scales
 
 ROOM = 1 << 15
 """How many magnitudes of a row `between` writes down at a time."""
@@ -55,14 +53,13 @@ class Rows:
     Args:
         inputs: the tensor.
         scores: of `SCORES`: "deltas" and "balance" have a row a client, "variance" has one.
-        largest_2N: for "balance": float64, the largest magnitudes of each client's deltas, and of their products with
-            the sum of all.
+        scales_2N: for "balance": (2, N), float32, as `ops.scores.scales`.
     """
 
-    def __init__(self, inputs: Inputs, scores: str = "deltas", largest_2N: Tensor | None = None) -> None:
+    def __init__(self, inputs: Inputs, scores: str = "deltas", scales_2N: Tensor | None = None) -> None:
         self._inputs = inputs
         self._kind = SCORES[scores]
-        self._numbers_2N = np.ones((2, 0), np.float32) if largest_2N is None else _divisors(largest_2N)
+        self._numbers_2N = np.ones((2, 0), np.float32) if scales_2N is None else scales_2N.numpy()
         self._rows_R = np.arange(1 if scores == "variance" else inputs.clients)
 
     @property
@@ -162,21 +159,21 @@ def kept_squares(inputs: Inputs, varying_2: Tensor, start: int, stop: int) -> Te
 
     Args:
         varying_2: (2,), float64: the cut.
-        start: a multiple of BLOCK, over which each sum runs.
+        start: a multiple of SUM_BLOCK, over which each sum runs.
     """
-    sums_XN = np.empty((math.ceil((stop - start) / BLOCK), inputs.clients), np.float64)
+    sums_XN = np.empty((math.ceil((stop - start) / inputs.kernels.SUM_BLOCK), inputs.clients), np.float64)
     (threshold,), (above,), (last,) = cut(varying_2[None], 1)
     inputs.kernels.kept_squares(*inputs.addresses, threshold, above, last, start, stop, sums_XN)
     return torch.from_numpy(sums_XN)
 
 
 def combine_balanced(
-    inputs: Inputs, largest_2N: Tensor, cutoffs_N2: Tensor, scale: float, start: int, stop: int, out_S: Tensor
+    inputs: Inputs, scales_2N: Tensor, cutoffs_N2: Tensor, scale: float, start: int, stop: int, out_S: Tensor
 ) -> int:
     """Write base + scale * the mean of the deltas weighed by their balance, where that is above its client's cut.
 
     Args:
-        largest_2N: as for `Rows`.
+        scales_2N: as for `Rows`.
         cutoffs_N2: (N, 2), float64: the cuts.
         out_S: as long as the piece; float32, bfloat16 or float16.
 
@@ -184,14 +181,9 @@ def combine_balanced(
         The bits of the largest float32 magnitude in it.
     """
     out, code = output(out_S, start, stop)
-    numbers_2N, scaled = _divisors(largest_2N), np.float32(np.clip(scale, -LARGEST, LARGEST))
+    numbers_2N, scaled = scales_2N.numpy(), np.float32(np.clip(scale, -LARGEST, LARGEST))
     cuts = cut(cutoffs_N2, inputs.clients)
     return int(inputs.kernels.combine_balanced(*inputs.addresses, numbers_2N, *cuts, scaled, start, stop, out, code))
-
-
-def _divisors(largest_2N: Tensor) -> Array:
-    largest_N, product_N = largest_2N
-    return torch.stack(scales(largest_N, product_N, torch.float32)).numpy()
 
 
 def warm_up(kernels: ModuleType) -> None:
@@ -212,7 +204,7 @@ def warm_up(kernels: ModuleType) -> None:
     rows.count(0, 0, 4, 0, 1, 0)
     rows.nth_equal(0, 0, 4, 0, 1)
     kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
-    largest = largest_of_products(inputs, 0, 4)
-    combine_balanced(inputs, largest.reshape(2, -1), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
+    largest_of_products(inputs, 0, 4)
+    combine_balanced(inputs, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
     largest_magnitude(kernels, base_S, 0, 4)
     kernels.uniform(np.uint64(1), 0, np.empty(4))

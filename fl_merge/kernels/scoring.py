@@ -26,7 +26,7 @@ DELTAS, VARIANCE, BALANCE = 0, 1, 2
 SCRATCH = 3
 """Rows of scratch beside one for each client."""
 
-_LANES, _GROUP, _SUM_BLOCK = 16, 1024, 16384
+LANES, GROUP, SUM_BLOCK = 16, 1024, 16384
 """As `ops.gram` has them."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
@@ -161,15 +161,15 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
     count = clients_N.size
     base_store, mean_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     variance_store, delta_NB = np.empty(BLOCK, np.float32), np.zeros((count, BLOCK), np.float32)
-    sum_NL = np.empty((count, _LANES), np.float64)
-    group_NG = np.zeros((count, _SUM_BLOCK // _GROUP), np.float64)
+    sum_NL = np.empty((count, LANES), np.float64)
+    group_NG = np.zeros((count, SUM_BLOCK // GROUP), np.float64)
     for x in range(out_XN.shape[0]):
-        first = start + x * _SUM_BLOCK
-        end = min(first + _SUM_BLOCK, stop)
-        groups = (end - first + _GROUP - 1) // _GROUP
+        first = start + x * SUM_BLOCK
+        end = min(first + SUM_BLOCK, stop)
+        groups = (end - first + GROUP - 1) // GROUP
         for g in range(groups):
             sum_NL[:] = 0.0
-            for begin in range(first + g * _GROUP, min(first + (g + 1) * _GROUP, end), BLOCK):
+            for begin in range(first + g * GROUP, min(first + (g + 1) * GROUP, end), BLOCK):
                 size = min(BLOCK, end - begin)
                 base_B, variance_B = base_store[:size], variance_store[:size]
                 load(base, base_code, begin, base_B)
@@ -184,10 +184,10 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
                     delta_B, sum_L = delta_NB[n], sum_NL[n]
                     for s in range(size):
                         delta_B[s] = delta_B[s] if variance_B[s] > _ZERO else _ZERO
-                    for s in range(size, (size + _LANES - 1) // _LANES * _LANES):
+                    for s in range(size, (size + LANES - 1) // LANES * LANES):
                         delta_B[s] = _ZERO
-                    for step in range(0, size, _LANES):
-                        for lane in range(_LANES):
+                    for step in range(0, size, LANES):
+                        for lane in range(LANES):
                             value = np.float64(delta_B[step + lane])
                             sum_L[lane] += value * value
             for n in range(count):

@@ -37,7 +37,7 @@ def pcb(*, density: Density = 0.2, scale: Scale = 1.0) -> Coordinate:
         return balance(deltas_NS, at.joint_K[:count], at.joint_K[count : 2 * count])
 
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
-        cuts_N2 = at.joint_K[2 * len(deltas_NS) :].reshape(-1, 2)
+        cuts_N2 = Balanced.cutoffs_N2(at.joint_K, len(deltas_NS))
         kept_NS = trim_to_largest(scores(deltas_NS, weights_N, at), at.start, cuts_N2)
         ones_N = torch.ones_like(weights_N)
         total_S = weighted_sum(kept_NS, ones_N)
