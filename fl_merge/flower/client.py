@@ -77,7 +77,7 @@ def reply(
     message: Message,
     tensors: Mapping[str, Tensor] | None,
     num_examples: int,
-    metrics: Mapping[str, float | int] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
     weighted_by_key: str = "num-examples",
     statistics: Mapping[str, Tensor] | None = None,

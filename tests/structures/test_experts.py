@@ -13,6 +13,7 @@ from fl_merge import METHODS, MergeError, RecipeError, merge
 from fl_merge.execute import execute
 from fl_merge.methods import moe_upcycle, remove_experts, task_arithmetic, ties, weighted_average
 from fl_merge.ops.routing import hidden_rows, random_rows
+from fl_merge.statistics import collect
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.structures import reconfigure
 from fl_merge.types import Cohort, CohortSpec, TensorSpec, Update
@@ -132,12 +133,8 @@ def test_a_hidden_router_without_what_clients_send_is_refused(make):
 
 
 def test_language_clients_send_the_mean_of_what_each_mlp_reads(make, tmp_path):
-    from language_clients.routing import mean_hidden
-    from language_clients.tokens import Tokens
-
     model = make().load(tmp_path / "model")
-    tokens = Tokens(TOKENS[0], torch.ones(20))
-    found = mean_hidden(model, tokens, length=19, limit=100)
+    found = collect(model, [TOKENS[:1, :-1]], "hidden")
     with torch.no_grad():
         states = model(TOKENS[:1, :-1], output_hidden_states=True).hidden_states
         layer = model.model.layers[2]
@@ -150,7 +147,7 @@ def test_language_clients_send_the_mean_of_what_each_mlp_reads(make, tmp_path):
             )[0]
         )
         wanted = layer.post_attention_layernorm(attended)[0].mean(0)
-    assert list(found) == [f"hidden/{number}" for number in range(4)]
+    assert list(found) == ["count", *(f"hidden/{number}" for number in range(4))]
     torch.testing.assert_close(found["hidden/2"], wanted, atol=1e-5, rtol=1e-4)
     assert not any(layer.mlp._forward_pre_hooks for layer in model.model.layers)
 

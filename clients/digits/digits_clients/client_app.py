@@ -8,7 +8,7 @@ from flwr.clientapp import ClientApp
 from digits_clients import model
 from digits_clients.data import Client, client
 from digits_clients.settings import Settings
-from fl_merge.flower.client import collect_if_asked, receive, reply
+from fl_merge.flower.client import collect_if_asked, receive, reply, trained_of
 
 app = ClientApp()
 
@@ -25,13 +25,15 @@ def train(message: Message, context: Context) -> Message:
     settings = Settings.read(context.run_config)
     partition, own = _own_data(context, settings)
     server_round = int(message.content["config"]["server-round"])
+    sent = receive(message)
     state = model.train(
-        receive(message),
+        sent,
         own.train,
         epochs=settings.local_epochs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         seed=(settings.seed, server_round, partition),
+        only=trained_of(message, sent),
     )
     accuracy, loss = model.accuracy_and_loss(state, own.train)
     steps = settings.local_epochs * model.steps_an_epoch(len(own.train), settings.batch_size)

@@ -6,7 +6,7 @@ A model is a state dict, `dict[str, Tensor]`; nothing here keeps or changes one 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 
 import torch
@@ -69,6 +69,7 @@ def train(
     seed: object,
     batch_size: int = BATCH_SIZE,
     max_steps: int | None = None,
+    only: Collection[str] | None = None,
 ) -> State:
     """The network after finetuning by stochastic gradient descent with momentum 0.9 on the cross entropy.
 
@@ -80,6 +81,7 @@ def train(
         seed: names any value; it names the order of the batches (new each epoch), the only thing that is drawn.
         batch_size: examples a step, at least 1; the last batch of an epoch may be smaller.
         max_steps: stop after so many gradient steps; None for no limit.
+        only: names of the tensors that are trained; None for all.
 
     Returns:
         A new float32 state dict.
@@ -90,7 +92,7 @@ def train(
         )
     trained, draws, steps = network(state), seeded("train", seed), 0
     # Four lines instead of torch.optim.SGD, whose first use costs each worker process well over a second of imports.
-    parameters = list(trained.parameters())
+    parameters = [weight for name, weight in trained.named_parameters() if only is None or name in only]
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
     for _ in range(epochs):
         for batch in torch.randperm(len(examples), generator=draws).split(batch_size):

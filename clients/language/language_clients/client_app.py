@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_merge.exchange import FITTED, SHARE, TRAINS
-from fl_merge.flower.client import receive, receive_adapter, reply
+from fl_merge.flower.client import (
+    architecture_of,
+    collect_if_asked,
+    receive,
+    receive_adapter,
+    reply,
+    trained_of,
+)
 from fl_merge.flower.records import to_record, to_tensors
-from language_clients import corpus, local, lora
+from language_clients import corpus, local, lora, weights
 from language_clients.settings import Settings
 
 app = ClientApp()
 
 KEPT = "lora-kept"
 """Factors of the adapter that do not travel, in the node's state."""
+
+PHASED = ("local-steps", "batch-size", "sequence-length", "learning-rate")
+"""What the server may set for the rounds of a phase (`config` of a phase in a recipe)."""
 
 
 def _own_text(context: Context, settings: Settings) -> tuple[int, corpus.Client]:
@@ -32,7 +44,8 @@ def _received(message: Message, context: Context, settings: Settings, partition:
     Factors that do not travel (`lora-share`) are the client's own, from its last round.
     """
     if not settings.uses_adapters:
-        return local.with_weights(settings, receive(message))
+        told = architecture_of(message)
+        return local.with_weights(settings, receive(message), weights.config_of(told) if told else None)
     rank, alpha = settings.rank(partition), settings.alpha(partition)
     here = local.with_adapter(settings, rank, alpha)
     kept = context.state.array_records.get(KEPT)
@@ -46,15 +59,19 @@ def _received(message: Message, context: Context, settings: Settings, partition:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Finetune for `local-steps`; (seed, round, partition) choose the text of each step, so a rerun sends the same."""
-    settings = Settings.read(context.run_config)
+    about = message.content["config"]
+    settings = Settings.read({**context.run_config, **{key: about[key] for key in PHASED if key in about}})
     partition, own = _own_text(context, settings)
     here = _received(message, context, settings, partition)
-    about = message.content["config"]
+    statistics = None
     if settings.uses_adapters:
         lora.train_only(here.model, str(about.get(TRAINS, "AB")))
+    else:
+        weights.train_only(here.model, trained_of(message, here.tensors()))
     loss = here.finetune(own.train, (settings.seed, int(about["server-round"]), partition))
     bits, _ = here.bits_per_byte(own.validation)
-    metrics: dict[str, float | int] = {"train-loss": loss, "bits-per-byte": bits, "partition-id": partition}
+    metrics: dict[str, Any] = {"train-loss": loss, "bits-per-byte": bits, "partition-id": partition}
+    metrics |= here.expert_load(own.validation)
     tensors = here.tensors()
     if settings.uses_adapters:
         rank, alpha = settings.rank(partition), settings.alpha(partition)
@@ -62,7 +79,10 @@ def train(message: Message, context: Context) -> Message:
         everything, tensors = tensors, lora.shared(tensors, str(about.get(SHARE, "AB")))
         if len(tensors) < len(everything):
             context.state[KEPT] = to_record({n: t for n, t in everything.items() if n not in tensors})
-    return reply(message, tensors, here.num_sequences(own.train), metrics, dtype=settings.wire_dtype)
+    else:
+        statistics = collect_if_asked(message, here.model, here.inputs(own.train), samples=1)
+    number = here.num_sequences(own.train)
+    return reply(message, tensors, number, metrics, dtype=settings.wire_dtype, statistics=statistics)
 
 
 @app.evaluate()
@@ -70,5 +90,7 @@ def evaluate(message: Message, context: Context) -> Message:
     """The global model's bits per byte on this client's held-out test documents, weighted by their bytes."""
     settings = Settings.read(context.run_config)
     partition, own = _own_text(context, settings)
-    bits, measured = _received(message, context, settings, partition).bits_per_byte(own.test)
-    return reply(message, None, int(measured), {"bits-per-byte": bits, "partition-id": partition})
+    here = _received(message, context, settings, partition)
+    bits, measured = here.bits_per_byte(own.test)
+    metrics = {"bits-per-byte": bits, "partition-id": partition, **here.expert_load(own.test)}
+    return reply(message, None, int(measured), metrics)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from language_clients import base, lora, weights
+from language_clients import base, lora, routing, weights
 from language_clients.corpus import Document
 from language_clients.settings import Settings
-from language_clients.tokens import Tokenizer
+from language_clients.tokens import Tokenizer, windows
 from language_clients.training import bits_per_byte, finetune
 
 
@@ -51,6 +51,19 @@ class Local:
             limit=self.settings.evaluation_bytes,
             num_bytes=self.tokenizer.num_bytes,
         )
+
+    def expert_load(self, documents: Sequence[Document]) -> dict[str, list[float]]:
+        """The metric `expert-load` on the documents, of a mixture of experts; none of any other model."""
+        if not routing.is_mixture(self.model):
+            return {}
+        length, limit = self.settings.sequence_length, self.settings.evaluation_bytes
+        return {"expert-load": routing.expert_load(self.model, self.tokenizer(documents), length=length, limit=limit)}
+
+    def inputs(self, documents: Sequence[Document]) -> Iterator[Tensor]:
+        """Sequences of the documents, one at a time, for statistics."""
+        length, limit = self.settings.sequence_length, self.settings.evaluation_bytes
+        for ids_L, _ in windows(self.tokenizer(documents), length=length, limit=limit):
+            yield ids_L[None, :-1]
 
     def num_sequences(self, documents: Sequence[Document]) -> int:
         """How many sequences the documents are: a client's number of examples."""

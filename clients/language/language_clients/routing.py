@@ -1,4 +1,7 @@
-"""What a client sends for `moe_upcycle(router="hidden")`: where its text is, among the hidden states of the model."""
+"""Where a mixture of experts sends text.
+
+Suffixes: R tokens, K experts of a token, E experts.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,25 @@ from torch import Tensor
 from language_clients.tokens import Tokens, windows
 
 
+def is_mixture(model: Any) -> bool:
+    """Whether a transformers model has experts and routers that can be asked for."""
+    return hasattr(model.config, "output_router_logits")
+
+
 @torch.no_grad()
-def mean_hidden(model: Any, tokens: Tokens, *, length: int, limit: float) -> dict[str, Tensor]:
-    """The mean, over tokens, of what each layer's MLP reads.
+def expert_load(model: Any, tokens: Tokens, *, length: int, limit: float) -> list[float]:
+    """The share of tokens' choices that each expert gets, as a mean over layers; they sum to 1.
 
     Args:
-        model: of transformers, with layers at `model.layers` that have an `mlp`.
-        tokens: the client's text.
+        model: a mixture of experts of transformers.
+        tokens: the text.
         length: tokens a sequence.
         limit: bytes of text, about.
-
-    Returns:
-        `hidden/0`, `hidden/1`, ...: (H,) float32.
     """
-    layers = model.get_decoder().layers
-    sums = [torch.zeros(model.config.hidden_size, dtype=torch.float64) for _ in layers]
-    count = 0
-
-    def add(number: int) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            sums[number] += inputs[0].double().flatten(0, -2).sum(dim=0)
-
-        return hook
-
-    hooks = [layer.mlp.register_forward_pre_hook(add(number)) for number, layer in enumerate(layers)]
-    try:
-        for ids_L, _ in windows(tokens, length=length, limit=limit):
-            model(input_ids=ids_L[None, :-1], use_cache=False)
-            count += len(ids_L) - 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {f"hidden/{number}": (total / max(count, 1)).float() for number, total in enumerate(sums)}
+    counts_E, top_k = torch.zeros(()), int(model.config.num_experts_per_tok)
+    for ids_L, _ in windows(tokens, length=length, limit=limit):
+        found = model(input_ids=ids_L[None, :-1], use_cache=False, output_router_logits=True)
+        for scores_RE in found.router_logits:
+            chosen_RK: Tensor = scores_RE.topk(top_k, dim=-1).indices
+            counts_E = counts_E + torch.bincount(chosen_RK.flatten(), minlength=scores_RE.shape[-1])
+    return [float(share) for share in counts_E.double() / counts_E.sum()]

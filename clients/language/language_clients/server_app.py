@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from fl_merge.exchange import PLAIN
+from fl_merge.flower.records import ARCHITECTURE_KEY
 from fl_merge.flower.server_app import make_server_app
 from language_clients import base, corpus, local, lora, weights
 from language_clients.settings import Settings
@@ -29,7 +32,11 @@ def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping
         `bits-per-byte`, and the largest of them `worst`.
     """
     settings = Settings.read(run_config)
-    here = _adapted(settings, run_config, state) if settings.uses_adapters else local.with_weights(settings, state)
+    if settings.uses_adapters:
+        here = _adapted(settings, run_config, state)
+    else:
+        told = json.loads(str(run_config.get(ARCHITECTURE_KEY, "{}")))
+        here = local.with_weights(settings, state, weights.config_of(told) if told else None)
     bits = {
         domain: here.bits_per_byte(documents)[0]
         for domain, documents in corpus.validation_documents(settings.seed).items()
@@ -42,6 +49,12 @@ def evaluate(run_config: Mapping[str, object], server_round: int, state: Mapping
     }
 
 
+def architecture(run_config: Mapping[str, object]) -> dict[str, Any]:
+    """The base's config, from which clients build the model; none where they train adapters of the base."""
+    settings = Settings.read(run_config)
+    return {} if settings.uses_adapters else weights.plain(base.config(settings))
+
+
 def _adapted(settings: Settings, run_config: Mapping[str, object], adapter: Mapping[str, Tensor]) -> local.Local:
     """The base with the global adapter: plain factors of methods for adapters, else in the scaling of the clients."""
     rank = lora.rank_of(adapter)
@@ -49,4 +62,4 @@ def _adapted(settings: Settings, run_config: Mapping[str, object], adapter: Mapp
     return local.with_adapter(settings, rank, scaling * rank, adapter)
 
 
-app = make_server_app(initial=initial, evaluate=evaluate)
+app = make_server_app(initial=initial, evaluate=evaluate, architecture=architecture)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from language_clients.routing import is_mixture
 from language_clients.tokens import Tokens, batches, seeded, windows
 
 WEIGHT_DECAY = 0.01
@@ -32,6 +33,8 @@ def finetune(
 ) -> float:
     """Train those weights of a model that ask for gradients, in place, with AdamW on the cross entropy.
 
+    For a mixture of experts the load-balancing loss is added, times `router_aux_loss_coef` of its config.
+
     Args:
         model: of transformers or peft, in float32.
         tokens: the text.
@@ -48,6 +51,7 @@ def finetune(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     losses: list[float] = []
+    balanced = {"output_router_logits": True} if is_mixture(model) else {}
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded("dropout", key).initial_seed())
@@ -55,10 +59,10 @@ def finetune(
         for step, ids_BL in enumerate(drawn):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (_schedule(step, steps) if decay else 1.0)
-            logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-            loss = functional.cross_entropy(logits_BLV.flatten(0, 1).float(), ids_BL[:, 1:].flatten())
+            found = model(input_ids=ids_BL[:, :-1], use_cache=False, **balanced)
+            loss = functional.cross_entropy(found.logits.flatten(0, 1).float(), ids_BL[:, 1:].flatten())
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss + model.config.router_aux_loss_coef * found.aux_loss if balanced else loss).backward()
             torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
             optimizer.step()
             losses.append(loss.item())

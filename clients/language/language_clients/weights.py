@@ -6,8 +6,9 @@ tensor. What is sent, merged and written has the names of the checkpoint, which 
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,52 @@ def model_of(config: Any, tensors: Mapping[str, Tensor]) -> Any:
     if wrong:
         raise ValueError(f"the model that was sent is not the one that the settings name: {wrong[0]} does not fit")
     return loaded.eval()
+
+
+def config_of(architecture: Mapping[str, Any]) -> Any:
+    """The config of transformers that a server's message holds as plain data.
+
+    Raises:
+        ValueError: if transformers has no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**architecture)
+    except (TypeError, ValueError, KeyError) as problem:
+        family = architecture.get("model_type")
+        raise ValueError(f"a model of family '{family}', which transformers cannot build: {problem}") from problem
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A config of transformers as plain data, without where it was read from."""
+    described = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in described.items() if not key.startswith("_")}
+
+
+def train_only(model: Any, names: Collection[str]) -> None:
+    """Train the parameters that are these tensors on disk, and no others.
+
+    Raises:
+        ValueError: if a parameter in memory is several tensors of which only some are named.
+    """
+    for parameter, weight in model.named_parameters():
+        own = _on_disk(model, parameter, weight)
+        asked = [name for name in own if name in names]
+        if asked and len(asked) < len(own):
+            raise ValueError(
+                f"asked to train '{asked[0]}' without '{(own - set(asked)).pop()}': they are one tensor here"
+            )
+        weight.requires_grad_(bool(asked))
+
+
+def _on_disk(model: Any, parameter: str, weight: Tensor) -> set[str]:
+    """The names under which a parameter is written."""
+    if not _differs_on_disk(model):
+        return {parameter}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return set(revert_weight_conversion(model, {parameter: weight.detach()}))
 
 
 def _differs_on_disk(model: Any) -> bool:
