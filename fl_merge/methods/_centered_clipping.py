@@ -11,7 +11,7 @@ from fl_merge.shapes import Span
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Karimireddy et al., 2021, arXiv:2012.10333", identity={"rho": 1e30}, passes="2")
+@merge_method(paper="Karimireddy et al., 2021, arXiv:2012.10333", identity={"rho": 1e30}, additive=True, passes="2")
 def centered_clipping(
     *,
     rho: Annotated[float, Range(0.0, open_low=True)] = 10.0,
@@ -28,6 +28,8 @@ def centered_clipping(
             larger, it clips nothing; smaller, it slows all of them down.
         iterations: how often, >= 1; from the second on, what is clipped are the distances from the last result. All
             run on the N x N inner products, so their number costs nothing.
+
+    With one iteration, which clips each client for itself, it is a sum over clients; with more it is not.
 
     The authors clip the clients' momenta around the last round's aggregate; here the centre is the base, the round's
     own start.

@@ -8,7 +8,7 @@ from fl_merge.methods._lora_factor_mean import present_mean, require_one_form
 from fl_merge.ops.lowrank import Compressed, Factors, compress, norm, residual, stack
 
 
-@merge_method(paper="Singhal et al., 2024, arXiv:2410.09432", base=False, merges="adapters")
+@merge_method(paper="Singhal et al., 2024, arXiv:2410.09432", base=False, additive=True, merges="adapters")
 def lora_residual(*, max_rank: Annotated[int, Range(1)] | None = None, missing: Missing = "zero") -> Products:
     """Average the factors of LoRA adapters, and give what that lacks of the exact sum as a second one (FedEx-LoRA).
 

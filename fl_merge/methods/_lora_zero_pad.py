@@ -10,7 +10,7 @@ from fl_merge.methods._lora_factor_mean import present_mean
 from fl_merge.ops.lowrank import Compressed, Factors, norm
 
 
-@merge_method(paper="Cho et al., 2024, arXiv:2401.06432", base=False, merges="adapters")
+@merge_method(paper="Cho et al., 2024, arXiv:2401.06432", base=False, additive=True, merges="adapters")
 def lora_zero_pad(*, weighting: Literal["examples", "norm"] = "examples", missing: Missing = "zero") -> Products:
     """Pad the factors of LoRA adapters with zeros to the largest rank and average them separately (HetLoRA).
 

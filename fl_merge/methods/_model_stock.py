@@ -8,7 +8,7 @@ from fl_merge.shapes import Span, VectorSpan
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Jang et al., 2024, arXiv:2403.19522", passes="2")
+@merge_method(paper="Jang et al., 2024, arXiv:2403.19522", additive=True, passes="2")
 def model_stock(*, filter_wise: bool = False) -> Span | VectorSpan:
     """Go from the base towards the clients' mean, the further the more their deltas point in one direction.
 

@@ -10,7 +10,9 @@ from fl_merge.shapes import Span
 from fl_merge.types import CohortSpec
 
 
-@merge_method(paper="Goddard, 2025, goddard.blog; mergekit: Goddard et al., 2024, arXiv:2403.13257", passes="2")
+@merge_method(
+    paper="Goddard, 2025, goddard.blog; mergekit: Goddard et al., 2024, arXiv:2403.13257", additive=True, passes="2"
+)
 def multislerp(*, on: Literal["deltas", "weights"] = "deltas") -> Span:
     """Average the directions of the clients' deltas, and give the mean their mean length.
 

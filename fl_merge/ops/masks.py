@@ -11,7 +11,7 @@ from fl_merge.ops.combine import weighted_sum
 def largest_delta(deltas_NS: Tensor) -> Tensor:
     """For each element the delta of largest magnitude, that of the first client among equal ones.
 
-    Marczak et al., 2024, arXiv:2407.08699.
+    Marczak et al., 2024, arXiv:2407.06322.
 
     Args:
         deltas_NS: (N, S), a floating dtype.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fl_merge import METHODS, merge
-from fl_merge.methods import breadcrumbs_ties, dare_ties, fedgma, ties
+from fl_merge.methods import breadcrumbs_ties, centered_clipping, dare_ties, fedgma, model_stock, multislerp, ties
 
 BASE = {"w": torch.randn(60, 40, generator=torch.Generator().manual_seed(0))}
 CLIENTS = {
@@ -47,8 +47,58 @@ def test_fedgma_from_two_sums():
     assert float((found - wanted).norm() / wanted.norm()) < 2e-6
 
 
+def shares_and_deltas():
+    return [(SHARES[client_id], client["w"].double() - BASE["w"]) for client_id, client in CLIENTS.items()]
+
+
+def test_model_stock_from_two_sums():
+    """The mean cosine of pairs is in the length of the sum of directions."""
+    count = len(CLIENTS)
+    total = sum(delta for _, delta in shares_and_deltas())
+    directions = sum(delta / delta.norm() for _, delta in shares_and_deltas())
+    cosine = max(0.0, float(directions.square().sum() - count) / (count * (count - 1)))
+    wanted = cosine / (1 + (count - 1) * cosine) * total
+    found = merge(model_stock(), BASE, CLIENTS, SHARES)["w"].double() - BASE["w"]
+    assert cosine > 1e-4
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_multislerp_from_two_sums():
+    mean = sum(share * delta / delta.norm() for share, delta in shares_and_deltas())
+    length = sum(share * delta.norm() for share, delta in shares_and_deltas())
+    found = merge(multislerp(), BASE, CLIENTS, SHARES)["w"].double() - BASE["w"]
+    assert float((found - length * mean / mean.norm()).norm() / length) < 1e-6
+
+
+def test_centered_clipping_from_one_sum():
+    wanted = sum(share * delta * min(1.0, 4.9 / float(delta.norm())) for share, delta in shares_and_deltas())
+    assert {float(delta.norm()) < 4.9 for _, delta in shares_and_deltas()} == {True, False}
+    found = merge(centered_clipping(rho=4.9), BASE, CLIENTS, SHARES)["w"].double() - BASE["w"]
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def needs_nothing_but_models(entry):
+    return entry.merges == "models" and not entry.sends
+
+
+@pytest.mark.parametrize(
+    "entry", list(filter(needs_nothing_but_models, METHODS.values())), ids=lambda entry: entry.name
+)
+def test_the_table_says_which_results_depend_on_the_base(entry):
+    draw = torch.Generator().manual_seed(20)
+    count = entry.factory().clients.nearest(5)
+    clients = {str(seed): {"w": torch.randn(30, 20, generator=draw)} for seed in range(count)}
+    bases = [{"w": torch.randn(30, 20, generator=draw)}, clients["0"]]
+    method = entry.factory(**({"scale": 0.7} if "scale" in entry.parameters else {}))
+    results = [merge(method, base, clients, seed=2)["w"] for base in bases]
+    assert torch.allclose(*results, atol=1e-5) is not entry.base
+
+
 def test_the_table_says_so():
     additive = {
+        "model_stock",
+        "multislerp",
+        "centered_clipping",
         "ties",
         "breadcrumbs",
         "breadcrumbs_ties",
