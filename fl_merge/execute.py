@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fl_merge import kernels
-from fl_merge.errors import MergeError
+from fl_merge.errors import MergeError, RecipeError, one_line
 from fl_merge.fill import Fillers
 from fl_merge.fillers import Filler
 from fl_merge.ops.gram import BLOCK
@@ -94,9 +94,11 @@ def execute(
         on_tensor: called with the name of each tensor that is done, from any thread.
 
     Raises:
+        RecipeError: if there is no such device here.
         MergeError: if the cohort is empty, a plan is inconsistent, or a merged value does not fit its dtype.
     """
     started = time.perf_counter()
+    where = _device(device)
     if not cohort.updates:
         raise MergeError("there is nothing to merge: the cohort has no update")
     found: Mapping[str, Any] = {}
@@ -117,7 +119,6 @@ def execute(
     order = [name for name in base if name in everything] + [name for name in everything if name not in base]
 
     specs_read = _specs_read(outputs, cohort)
-    where = torch.device(device)
     fillers = Fillers(
         cohort,
         spec,
@@ -154,6 +155,16 @@ def execute(
         {output.name: output.note for output in outputs if output.note},
         found,
     )
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second is of a torch that was built without it
+        found = one_line(str(error), 120)
+        raise RecipeError(f"device: found '{name}', wanted one that torch has here, such as cpu ({found})") from None
+    return device
 
 
 def _specs_read(outputs: Sequence[Output], cohort: Cohort) -> list[TensorSpec]:

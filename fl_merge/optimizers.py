@@ -262,7 +262,7 @@ def build_optimizer(settings: Mapping[str, Any]) -> Optimizer:
     """
     given = dict(settings)
     name = given.pop("name", None)
-    if name not in OPTIMIZERS:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         raise RecipeError(f"unknown server optimizer '{name}'{nearest(str(name), OPTIMIZERS)}")
     return OPTIMIZERS[name](**given)
 

@@ -157,7 +157,8 @@ class Recipe:
                 )
             return cls("", phases=tuple(_phase(number, each) for number, each in enumerate(content["phases"], start=1)))
         keys = _mapping("the recipe", content, _KEYS)
-        rules = keys.get("rules") or []
+        rules = keys.get("rules")
+        rules = [] if rules is None else rules
         if not isinstance(rules, list):
             raise RecipeError(f"rules: found {rules!r}, wanted a list of {{match, merge_method, parameters}}")
         return cls(

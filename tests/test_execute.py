@@ -434,6 +434,14 @@ def test_a_sink_that_fails_is_aborted():
     assert sink.events == ["begin", "abort"]
 
 
+def test_a_device_that_torch_does_not_have_here():
+    sink = WatchedSink()
+    for device in ("tpu", "cuda:99"):
+        with pytest.raises(RecipeError, match=f"^device: found '{device}', wanted one that torch has here"):
+            execute(weighted_average(), cohort(ONE, TWO), sink, device=device)
+    assert sink.events == []
+
+
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 

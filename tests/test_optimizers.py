@@ -238,6 +238,7 @@ def test_a_run_config_has_it(text):
     [
         ({"name": "sgd"}, "unknown server optimizer 'sgd'"),
         ({"lr": 0.1}, "unknown server optimizer 'None'"),
+        ({"name": ["adam"]}, "unknown server optimizer '['adam']'"),
         ({"name": "adam", "learning_rate": 0.1}, "adam has no parameter 'learning_rate'"),
         ([1], "server_optimizer: found [1], wanted {name: adam, lr: 0.01}"),
         ({"name": "adam", "skip": 3}, "server_optimizer: skip: found 3, wanted a list of globs"),

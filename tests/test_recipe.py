@@ -130,6 +130,8 @@ def test_a_built_method_can_be_written_as_a_recipe(load):
             "the recipe: found ['ties'], wanted keys: merge_method, parameters, rules, clip_norm, server_optimizer",
         ),
         ("parameters: {density: 0.2}", "merge_method: found None, wanted the name of a method"),
+        ("merge_method: ties\nrules: false", "rules: found False, wanted a list of {match, merge_method, parameters}"),
+        ("merge_method: ties\nrules: ''", "rules: found '', wanted a list of {match, merge_method, parameters}"),
         ("merge_method: [ties]", "merge_method: found ['ties'], wanted the name of a method"),
         (
             "merge_methd: ties",

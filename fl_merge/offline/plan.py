@@ -11,7 +11,7 @@ from fl_merge.errors import RecipeError, TensorMismatchError
 from fl_merge.hyperparameters import nearest
 from fl_merge.method import find
 from fl_merge.offline.catalogue import ROWS
-from fl_merge.offline.config import OfflineRecipe, Ref
+from fl_merge.offline.config import Clause, OfflineRecipe, Ref
 from fl_merge.offline.layout import Layout, Target, lay_out
 from fl_merge.offline.models import Model, open_model
 from fl_merge.offline.resolve import Resolver, base_place, check_filters, check_parameters
@@ -208,6 +208,9 @@ def check(recipe: OfflineRecipe) -> None:
 def _check_ours(recipe: OfflineRecipe, ours: Recipe) -> None:
     for name in dict.fromkeys((ours.merge_method, *(rule.merge_method for rule in ours.rules))):
         entry = find(name)
+        if entry.merges != "models":
+            wanted = "wanted one for models" + (", or slices" if entry.merges == "structures" else "")
+            raise RecipeError(f"{name} is a method for {entry.merges}, {wanted}")
         if entry.sends:
             raise RecipeError(f"{name} needs what clients send beside their models: {', '.join(entry.sends)}")
         if entry.base and recipe.base_model is None:
@@ -245,10 +248,12 @@ def _our_part(recipe: OfflineRecipe, layout: Layout) -> Iterator[Part]:
         for name in source.parameters:
             if name != "weight":
                 raise RecipeError(f"model '{source.model}': found parameter '{name}', wanted none but weight")
-        [clause] = source.parameters.get("weight", ()) or [None]
-        value = 1.0 if clause is None else clause.value
-        plain = clause is None or clause.filter is None
-        if not plain or isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        clauses = source.parameters.get("weight", (Clause(1.0),))
+        value = clauses[0].value
+        plain = len(clauses) == 1 and clauses[0].filter is None
+        if not plain:
+            raise RecipeError(f"model '{source.model}': weight: found a filter, wanted a number > 0 for all tensors")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise RecipeError(f"model '{source.model}': weight: found {value!r}, wanted a number > 0")
         weights.append(float(value))
     total = math.fsum(weights)

@@ -93,6 +93,18 @@ def sliced(first="[0, 2]", second="[0, 2]"):
             "models: [{model: math, parameters: {weight: -1}}]\nmerge_method: weighted_average",
             "model 'math': weight: found -1, wanted a number > 0",
         ),
+        (
+            "models: [{model: math, parameters: {weight: [{value: 1, filter: a}, {value: 2}]}}]\nmerge_method: median",
+            "model 'math': weight: found a filter, wanted a number > 0 for all tensors",
+        ),
+        (
+            TWO + "merge_method: depth_upscale",
+            "depth_upscale is a method for structures, wanted one for models, or slices",
+        ),
+        (
+            TWO + "merge_method: median\nrules: [{match: '*', merge_method: lora_svd}]",
+            "lora_svd is a method for adapters, wanted one for models",
+        ),
         (TWO + "merge_method: iso_c", "iso_c needs a base_model, from which deltas are taken"),
         (
             TWO + "merge_method: iso_c\nbase_model: math",
