@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import llama
+from llamas import llama
 from recipes import EXAMPLES, LINEAR, PASSTHROUGH, SLERP, TIES
 
 from fl_merge import merge

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import llama, save_tokenizer
+from llamas import llama, save_tokenizer
 
 from fl_merge.store import load, save
 
