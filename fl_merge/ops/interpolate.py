@@ -4,6 +4,7 @@ lengths and angles follow from their Gram matrix. Suffixes: N clients, V vectors
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -73,9 +74,11 @@ def slerp_fold(
 
 
 def _lengths(gram_VNN: Tensor, coefficients_VN: Tensor) -> Tensor:
-    """(V,): the lengths of the combinations."""
+    """(V,): the lengths of the combinations; 0 where they cancel, but for rounding."""
     squared_V = (coefficients_VN[:, :, None] * gram_VNN * coefficients_VN[:, None, :]).sum(dim=(1, 2))
-    return squared_V.clamp(min=0.0).sqrt()
+    lengths_VN = coefficients_VN.abs() * gram_VNN.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
+    rounding_V = 4 * sys.float_info.epsilon * lengths_VN.sum(dim=1).square()
+    return torch.where(squared_V > rounding_V, squared_V, 0.0).sqrt()
 
 
 def normalized_mean(gram_NN: Tensor, weights_N: Tensor) -> Tensor:
@@ -102,8 +105,8 @@ def normalized_mean(gram_NN: Tensor, weights_N: Tensor) -> Tensor:
 def karcher_mean(gram_NN: Tensor, weights_N: Tensor, max_iterations: int, tolerance: float) -> Tensor:
     """The coefficients of the Frechet mean of the directions on the sphere, times the mean length.
 
-    u <- exp_u(sum w_i log_u(u_i)) from the normalised mean on, until the step is shorter than `tolerance`; u_i are the
-    directions x_i / |x_i|, log_u(u_i) = (W / sin W) (u_i - cos W u), cos W = u . u_i.
+    u <- exp_u(sum w_i log_u(u_i)) from the normalised mean on, until the step is not longer than `tolerance`; u_i are
+    the directions x_i / |x_i|, log_u(u_i) = (W / sin W) (u_i - cos W u), cos W = u . u_i.
 
     Args:
         gram_NN: (N, N), float64: the inner products of x_1 .. x_N.
@@ -132,7 +135,7 @@ def karcher_mean(gram_NN: Tensor, weights_N: Tensor, max_iterations: int, tolera
         stretch_N = shares_N * torch.where(angle_N > 0, angle_N / angle_N.sin(), 1.0)
         tangent_N = torch.where(there_N, stretch_N / lengths_N, 0.0) - float(stretch_N @ cosine_N) * point_N
         step = _length(gram_NN, tangent_N)
-        if step < tolerance:
+        if step <= tolerance:  # a step of 0 has no direction
             break
         point_N = math.cos(step) * point_N + math.sin(step) / step * tangent_N
         point_N = point_N / _length(gram_NN, point_N)

@@ -251,3 +251,21 @@ def test_model_stock_of_one_and_of_clients_that_did_not_move():
     assert stock_ratio(torch.tensor([[[4.0]], [[0.0]]], dtype=F64)).tolist() == [1.0, 1.0]
     still_NN = torch.tensor([[0.0, 0.0], [0.0, 4.0]], dtype=F64)
     assert stock_ratio(still_NN[None]).tolist() == [0.0]
+
+
+def test_the_iterations_stop_where_there_is_no_step_left_at_all():
+    for count in (2, 3, 4, 5):
+        gram = torch.eye(count, dtype=torch.float64)
+        weights = torch.full((count,), 1.0 / count, dtype=torch.float64)
+        mean = karcher_mean(gram, weights, 100, 0.0)
+        assert torch.allclose(mean, torch.full_like(mean, count**-0.5), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("first", [0.1, 0.3, 0.7, 1.1])
+def test_what_cancels_to_rounding_has_no_direction(first):
+    """3 parts of x and 1 of -3 x are nothing, to which the last is joined by a line."""
+    values = torch.tensor([first, -3 * first, 0.7], dtype=torch.float64)
+    weights = torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64)
+    for linear_lengths in (False, True):
+        coefficients = slerp_fold(values.outer(values), weights, PARALLEL, linear_lengths=linear_lengths)
+        assert float(coefficients @ values) == pytest.approx(0.2 * 0.7, rel=1e-6)
