@@ -194,7 +194,7 @@ def calibrated(deltas_NRC: Tensor, floor: float) -> Tensor:
 
     Args:
         deltas_NRC: a floating dtype.
-        floor: > 0. A client with no part in a direction counts with it.
+        floor: > 0. A client with no part in a direction, or none above its delta's rounding, counts with it.
 
     Returns:
         (R, C), float64.
@@ -203,11 +203,13 @@ def calibrated(deltas_NRC: Tensor, floor: float) -> Tensor:
     total_RC = wide_NRC.sum(dim=0)
     left_RK = triplets(total_RC.to(deltas_NRC.dtype)).left_RK
     merged_KC = left_RK.T @ total_RC
+    eps = max(torch.finfo(deltas_NRC.dtype).eps, 32 * torch.finfo(torch.float64).eps)  # of the deltas; of left_RK
     counts_K = torch.zeros(left_RK.shape[1], dtype=torch.float64, device=left_RK.device)
     for delta_RC in wide_NRC:
         response_KC = left_RK.T @ delta_RC
         square_K = response_KC.square().sum(dim=1)
-        times_K = torch.where(square_K > 0, (merged_KC * response_KC).sum(dim=1) / square_K, 0.0)
+        rounding = eps * max(delta_RC.shape) * delta_RC.norm()
+        times_K = torch.where(square_K > rounding.square(), (merged_KC * response_KC).sum(dim=1) / square_K, 0.0)
         counts_K += times_K.clamp(min=floor)
     lowered_K = len(wide_NRC) / counts_K - 1.0
     return total_RC + left_RK @ (lowered_K[:, None] * merged_KC)

@@ -175,3 +175,13 @@ def test_without_a_ridge_it_is_the_normal_equations(generator):
     found = weighted_solution(deltas, grams, deltas.mean(dim=0), 0.0)
     targets = torch.cat([each @ delta.T for each, delta in zip(inputs, deltas, strict=True)])
     close(found, torch.linalg.lstsq(torch.cat(list(inputs)), targets).solution.T, 1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_calibration_leaves_directions_of_one_client_alone(dtype, tolerance, generator):
+    """The others' responses there are rounding, to which any response is large."""
+    for _ in range(20):
+        both = with_values([3.0, 2.0, 2.5, 1.0], 20, 15, generator)
+        left, values, right = torch.linalg.svd(both, full_matrices=False)
+        parts = [(left[:, own] * values[own]) @ right[own] for own in ([0, 2], [1, 3])]
+        close(calibrated(torch.stack(parts).to(dtype), 1.0), both, tolerance)
