@@ -1,5 +1,7 @@
 """Weighted average, task arithmetic, FedGMA: on paper."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -75,6 +77,16 @@ def test_fedgma_by_hand():
     assert merge(fedgma(threshold=0.6), base, clients, [2, 1, 1])["w"].tolist() == [3.5, 0.375, -1.0, 0.25]
     assert merge(fedgma(threshold=0.5), base, clients, [2, 1, 1])["w"].tolist() == [3.5, 0.75, -1.0, 0.25]
     assert merge(fedgma(threshold=0.0, scale=2.0), base, clients, [2, 1, 1])["w"].tolist() == [7.0, 1.5, -2.0, 2.0]
+
+
+def test_an_agreement_that_is_the_threshold_is_enough_whoever_agrees():
+    """7 of 10 equal clients against 3: 0.4, but sums of tenths in float32 are now above and now below it."""
+    against = list(itertools.combinations(range(10), 3))
+    deltas = torch.ones(10, len(against))
+    for place, clients in enumerate(against):
+        deltas[list(clients), place] = -1.0
+    found = merge(fedgma(threshold=0.4), {"w": torch.zeros(len(against))}, [{"w": delta} for delta in deltas])["w"]
+    assert torch.allclose(found, torch.tensor(0.4), atol=1e-6)
 
 
 def test_a_method_for_some_tensors_and_another_for_the_rest():
