@@ -79,3 +79,11 @@ def test_pcb_takes_many_clients():
     found = merged(pcb(), *deltas)
     assert torch.isfinite(found).all()
     assert int((found != 0).sum()) > 10
+
+
+@pytest.mark.parametrize("power", [-100, 80])
+def test_pcb_at_sizes_whose_squares_float32_does_not_have(power):
+    deltas = [torch.randn(200, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found, wanted = (merged(pcb(), *((delta * scale).tolist() for delta in deltas)) for scale in (2.0**power, 1.0))
+    assert int((wanted != 0).sum()) > 20
+    assert torch.equal(found * 2.0**-power, wanted)
