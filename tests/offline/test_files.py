@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 from llamas import llama
-from recipes import EXAMPLES, LINEAR, PASSTHROUGH, SLERP, TIES
 
 from fl_merge import merge
 from fl_merge.methods import ties, weighted_average
 from fl_merge.store import load, save
+from recipes import EXAMPLES, LINEAR, PASSTHROUGH, SLERP, TIES
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
 
