@@ -135,7 +135,7 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "runs": {"model", "store", "types", "errors"},
+    "runs": {"adapters", "model", "store", "types", "errors"},
     "architectures": set(),
     "offline": {
         "yaml_text",
@@ -153,6 +153,7 @@ MAY_IMPORT = {
         "types",
     },
     "flower": {
+        "adapters",
         "phases",
         "exchange",
         "running_products",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fl_merge.adapters.federated import described
 from fl_merge.errors import RecipeError
 from fl_merge.flower.watch import Evaluation, Watcher
 from fl_merge.model import GlobalModel
@@ -20,6 +21,8 @@ from fl_merge.types import MergeMethod
 
 class Journal(Watcher):
     """Writes every event to the folder's journal, and the model after every round that made one.
+
+    Of a run that merges adapters there is a folder `adapter` too, which `PeftModel.from_pretrained` loads.
 
     Args:
         path: the folder, made when a run starts: an app that does not merge gets none.
@@ -44,6 +47,8 @@ class Journal(Watcher):
         self._simulated = simulated
         self._resumed = resumed
         self._opened: RunFolder | None = None
+        self._adapter: Mapping[str, Any] | None = None
+        self._method = ""
         if not resumed and os.path.exists(self.path / "journal.jsonl"):
             raise RecipeError(f"run folder '{path}' already holds a run; give another one")
 
@@ -62,6 +67,9 @@ class Journal(Watcher):
                 raise RecipeError(f"run folder '{self.path}': {error.strerror or error}") from None
         return self._opened
 
+    def adapter_described(self, about: Mapping[str, Any]) -> None:
+        self._adapter = described(about)
+
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
         self._write_recipe(method)
         self._folder.record("run_started", rounds=num_rounds, method=str(method))
@@ -71,6 +79,7 @@ class Journal(Watcher):
         self._folder.record("resumed", rounds=num_rounds, method=str(method), after_round=after_round)
 
     def _write_recipe(self, method: MergeMethod) -> None:
+        self._method = str(method)
         recipe = Recipe.of(method)
         if recipe is not None:
             self._folder.write_recipe(recipe.to_yaml())
@@ -101,9 +110,14 @@ class Journal(Watcher):
     def round_ended(self, report: RoundReport, model: GlobalModel) -> None:
         self._folder.record("round_ended", report=report)
         if report.merge is not None:
-            self._folder.write_model(model.tensors(), round=report.round_number)
+            tensors = model.tensors()
+            self._folder.write_model(tensors, round=report.round_number)
             if model.architecture:
                 self._folder.write_architecture(model.architecture)
+            if self._adapter is not None:
+                clients = {entry.client_id: entry.num_examples for entry in report.accepted}
+                about = {"method": self._method, "round": report.round_number, "clients": clients}
+                self._folder.write_adapter(tensors, self._adapter, about | dict(report.merge.found))
 
     def checkpointed(self, checkpoint: Checkpoint) -> None:
         checkpoint.write(self._folder.path)

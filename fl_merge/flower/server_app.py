@@ -4,7 +4,7 @@
     serverapp = "fl_merge.flower.server_app:app"
 
     [tool.flwr.app.config]
-    initial-model = "model.safetensors"       # or "my_app.task:initial_model", a function that gives a state dict
+    initial-model = "model.safetensors"       # or an adapter's folder, or "my_app.task:initial_model", a function
     merge-method = "ties"
     parameters.density = 0.2
 
@@ -24,6 +24,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from fl_merge.adapters import is_adapter, load_adapter
 from fl_merge.errors import RecipeError
 from fl_merge.exchange import PLAIN, exchange_of
 from fl_merge.flower.journal import Journal
@@ -72,6 +73,7 @@ def make_server_app(
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
     architecture: Callable[[Config], Mapping[str, Any]] | None = None,
+    adapter_config: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> ServerApp:
     """A ServerApp that runs `FedMerge` as the run config says; the keys are those of `SETTINGS`.
 
@@ -82,12 +84,14 @@ def make_server_app(
         architecture: from the run config to the config of the initial model, for clients that build the model from it.
             `evaluate` is then given that of the model at hand in its own config, `fl-merge.architecture`, as JSON.
         tune: from the run config to what chooses each round's scale on validation data, or None.
+        adapter_config: from the run config to what `FedMerge` takes under that name; by default that of the adapter
+            whose folder is the `initial-model`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(grid, context.run_config, initial, evaluate, tune, architecture)
+        run(grid, context.run_config, initial, evaluate, tune, architecture, adapter_config)
 
     return app
 
@@ -99,6 +103,7 @@ def run(
     evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
     architecture: Callable[[Config], Mapping[str, Any]] | None = None,
+    adapter_config: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> None:
     """One federation, from the run config to the run's folder.
 
@@ -109,7 +114,13 @@ def run(
     _refuse_misspelt(config)
     settings = {key: _setting(key, config.get(key, default), default) for key, default in SETTINGS.items()}
     recipe = Recipe.from_config(config)
-    state = dict(initial(config)) if initial is not None else _initial_model(str(settings["initial-model"]))
+    adapters: Mapping[str, Any] = {}
+    if initial is not None:
+        state = dict(initial(config))
+    else:
+        state, adapters = _initial_model(str(settings["initial-model"]))
+    if adapter_config is not None:
+        adapters = adapter_config(config)
     tied = tied_names(state)
     handed = [to_record(state)]  # taken out where it is used: nothing here keeps the initial model for the whole run
     del state
@@ -138,6 +149,7 @@ def run(
         tune=tune(config) if tune is not None else None,
         architecture=architecture(config) if architecture is not None else None,
         tied=tied,
+        adapter_config=adapters,
         watchers=watchers,
     )
 
@@ -180,16 +192,23 @@ def _refuse_misspelt(config: Config) -> None:
             raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}'?")
 
 
-def _initial_model(where: str) -> dict[str, Tensor]:
+def _initial_model(where: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The tensors, and the configuration of an adapter, whose tensors are then its plain factors."""
     if not where:
         raise RecipeError("run config, 'initial-model': found nothing, wanted a safetensors file or 'module:function'")
+    if is_adapter(where):
+        adapter = load_adapter(where)
+        if adapter.plain.experts:
+            raise RecipeError(f"run config, 'initial-model': '{where}' adapts fused experts, which a run cannot merge")
+        plain = {name: adapter.plain.read(name) for name in adapter.plain.specs()}
+        return {name: t.to(adapter.dtype) if ".lora_" in name else t for name, t in plain.items()}, adapter.config.raw
     module, colon, function = where.partition(":")
     if colon and not Path(where).exists():
         try:
-            return dict(getattr(importlib.import_module(module), function)())
+            return dict(getattr(importlib.import_module(module), function)()), {}
         except (ImportError, AttributeError) as error:
             raise RecipeError(f"run config, 'initial-model': cannot load '{where}': {error}") from error
-    return load(where)
+    return load(where), {}
 
 
 app = make_server_app()

@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fl_merge.check import MAX_NUM_EXAMPLES
 from fl_merge.errors import RecipeError
+from fl_merge.exchange import exchange_of
 from fl_merge.flower.asking import asked_for, content_for, told
 from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.contents import (
@@ -94,6 +95,8 @@ class FedMerge(Strategy):
         architecture: the model's config (of Hugging Face's, say), which clients are sent in every round and which
             follows when a phase changes the model; None where clients know how to build it.
         run_folder: where `start` leaves a journal, the latest model and a checkpoint to resume from; None for nowhere.
+        adapter_config: of a method for adapters: what else stands in their adapter_config.json, such as
+            `base_model_name_or_path` and `task_type`; it goes into the adapter that the run folder holds.
         watchers: told of every round; see `fl_merge.flower.watch`.
 
     Raises:
@@ -128,6 +131,7 @@ class FedMerge(Strategy):
         tune: Tuner | None = None,
         architecture: Mapping[str, Any] | None = None,
         run_folder: str | Path | None = None,
+        adapter_config: Mapping[str, Any] | None = None,
         watchers: Sequence[Watcher] = (),
     ) -> None:
         whole_number("min_train_nodes", min_train_nodes, 0)
@@ -166,6 +170,7 @@ class FedMerge(Strategy):
         self.tied = dict(tied or {})
         self.tune = tune
         self.run_folder = run_folder
+        self.adapter_config = dict(adapter_config or {})
         self.watchers = tuple(watchers)
         self._journal: tuple[Journal, ...] = ()
         self._carried = CarriedModel(self.method, self.wire_dtype, self.tied, architecture)
@@ -229,6 +234,8 @@ class FedMerge(Strategy):
         self._merged_rounds, self._failures = 0, []
         logger.info("Starting %s, rounds %d to %d:", type(self).__name__, first, num_rounds)
         self.summary()
+        if exchange_of(self.method) is not None:
+            self._tell(lambda watcher: watcher.adapter_described(self.adapter_config))
         for watcher in self._watchers():
             if first == 1:
                 watcher.run_started(num_rounds, self.method)

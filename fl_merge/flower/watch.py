@@ -39,6 +39,9 @@ class Evaluation:
 class Watcher:
     """Does nothing; override what you want to hear of. Called from the strategy's thread."""
 
+    def adapter_described(self, about: Mapping[str, Any]) -> None:
+        """Of a run that merges adapters, before it starts: what their configurations say beside ranks and scalings."""
+
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
         """The first round is about to begin."""
 

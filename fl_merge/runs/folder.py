@@ -6,6 +6,7 @@ simulation.json       number of nodes and seed, if the run was simulated
 journal.jsonl         one line an event: rounds, replies, refusals, metrics
 model.safetensors     the latest merged model, replaced when a round has made a new one
 architecture.json     its config, of a run that knows one
+adapter/              the same in PEFT's format, if it is an adapter in plain factors
 checkpoints/          what the run can be resumed from (`checkpoint.py`)
 """
 
@@ -22,10 +23,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fl_merge.adapters.federated import write_global
 from fl_merge.errors import RecipeError
 from fl_merge.store import save, write_text
 from fl_merge.store.lock import LockedError, take
 
+ADAPTER = "adapter"
 CONFIG = "config.json"
 ARCHITECTURE = "architecture.json"
 SIMULATED = "simulation.json"
@@ -80,6 +83,10 @@ class RunFolder:
     def write_model(self, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
         """Replace the model; a reader sees the old one or the new one, never half of it."""
         save(tensors, self.path, metadata={key: str(value) for key, value in metadata.items()})
+
+    def write_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Replace the adapter in PEFT's format, its tensors last."""
+        write_global(self.path / ADAPTER, tensors, config, _plain(about))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The Flower apps of the language clients, and whole federations in process with a tiny model."""
 
+import json
+
 import peft
 import pytest
 import torch
 import transformers
 from flwr.app import ConfigRecord, RecordDict
 
+from fl_merge.adapters import fold, load_adapter
 from fl_merge.flower.apps import LoadedApp, run_app
 from fl_merge.flower.client import receive
 from fl_merge.flower.inprocess import FIRST_NODE_ID, InProcessGrid
@@ -131,13 +134,34 @@ def test_adapters_of_different_ranks_are_merged_by_their_products(config, tmp_pa
     assert lora.rank_of(adapter) == (8 if method == "lora_svd" else 2 + 4 + 8 + 2)
 
     settings = Settings.read(config)
-    lora.save(adapter, tmp_path / "adapter", base_model=base.folder(settings))
-    model = peft.PeftModel.from_pretrained(base.load(settings), tmp_path / "adapter").eval()
+    folder = tmp_path / "run" / "adapter"
+    model = peft.PeftModel.from_pretrained(base.load(settings), folder).eval()
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base.folder(settings)
     loaded = local.Local(model, base.tokenizer(settings), settings)
     for domain, documents in corpus.validation_documents(1).items():
         assert loaded.bits_per_byte(documents)[0] == pytest.approx(after[f"bits-per-byte/{domain}"], abs=1e-4)
     asked = torch.tensor([list(b"import ")])
     assert model.generate(input_ids=asked, max_new_tokens=5, do_sample=False).shape[1] > 7
+
+
+def test_a_residual_is_added_to_the_base_of_clients_and_server(config, tmp_path):
+    """FedEx: the mean of the factors and the residual of all rounds are the exact sum of what clients have learned."""
+    config = config | {"adapter-rank": "2", "merge-method": "lora_residual", "local-steps": 8, "wire-dtype": "float32"}
+    exact = config | {"merge-method": "lora_stack"}
+    judged = []
+    for run_config, rounds in ((config, 1), (exact, 1), (config, 2)):
+        folder = tmp_path / str(len(judged))
+        state = federation(run_config, folder, **{"num-server-rounds": rounds})
+        judged.append(server_app.evaluate(run_config | {"lora-plain": True}, rounds, state)["bits-per-byte"])
+    assert judged[0] == pytest.approx(judged[1], abs=1e-4)  # all start from one A, so both are the mean of products
+    assert any(name.startswith("residual.") for name in load(tmp_path / "0"))
+    assert judged[2] < judged[0]
+    main, rest = (load_adapter(tmp_path / "2" / name) for name in ("adapter", "adapter/residual"))
+    fold([main, rest], base.folder(Settings.read(config)), tmp_path / "folded")
+    whole = local.with_weights(Settings.read(config | {"adapter-rank": "0"}), load(tmp_path / "folded"))
+    bits = [whole.bits_per_byte(corpus.validation_documents()[domain])[0] for domain in corpus.DOMAINS]
+    assert sum(bits) / 4 == pytest.approx(judged[2], abs=1e-4)
 
 
 def test_factors_that_do_not_travel_stay_with_the_client(config):

@@ -51,7 +51,9 @@ def _received(message: Message, context: Context, settings: Settings, partition:
     kept = context.state.array_records.get(KEPT)
     about = message.content["config"]
     # What a method for adapters sends says whether it is fitted; others average factors in the scaling of the clients.
-    adapter = receive_adapter(message, here.tensors(), alpha / rank) if FITTED in about else receive(message)
+    adapter = receive(message)
+    if FITTED in about:
+        adapter = receive_adapter(message, here.tensors(), alpha / rank) | lora.residual(adapter)
     lora.put(here.model, {**adapter, **(to_tensors(kept) if kept is not None else {})})
     return here
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fl_merge.lowrank import RESIDUAL
 from language_clients.tokens import seeded
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -58,17 +58,34 @@ def take(model: Any) -> dict[str, Tensor]:
 def put(model: Any, adapter: Mapping[str, Tensor]) -> None:
     """Write an adapter into the model's, in the model's rank (see `fitted`).
 
+    A residual (`lora_residual`'s second adapter, which nobody trains) is added to the weights of the base.
+
     Raises:
         ValueError: if it is not an adapter of these modules.
     """
     from peft import set_peft_model_state_dict
 
     own = take(model)
+    _add(model, residual(adapter))
+    adapter = {name: tensor for name, tensor in adapter.items() if not name.startswith(RESIDUAL)}
     if own.keys() != adapter.keys():
         name = min(own.keys() ^ adapter.keys())
         whose = "is missing in what the server sent" if name in own else "is no part of this client's adapter"
         raise ValueError(f"adapter: tensor '{name}' {whose}; do server and clients name the same adapter-targets?")
     set_peft_model_state_dict(model, fitted(adapter, own))
+
+
+def residual(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter that belong to its residual."""
+    return {name: tensor for name, tensor in adapter.items() if name.startswith(RESIDUAL)}
+
+
+@torch.no_grad()
+def _add(model: Any, factors: Mapping[str, Tensor]) -> None:
+    for name, tensor in factors.items():
+        if name.endswith(A):
+            weight = model.get_submodule(name.removeprefix(RESIDUAL).removesuffix(A)).base_layer.weight
+            weight += factors[name.removesuffix(A) + B].to(weight.dtype) @ tensor.to(weight.dtype)
 
 
 def fitted(adapter: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,44 +135,13 @@ def shared(adapter: Mapping[str, Tensor], factors: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in adapter.items() if left_out is None or not name.endswith(left_out)}
 
 
-def save(adapter: Mapping[str, Tensor], folder: str | Path, *, base_model: str, scaling: float = 1.0) -> None:
-    """Write an adapter so that `PeftModel.from_pretrained(model, folder)` loads it.
-
-    Args:
-        adapter: its tensors; ranks may differ from module to module.
-        folder: made if it is not there.
-        base_model: name or path of the base, for the config.
-        scaling: alpha / rank; 1 for the plain factors that methods for adapters make.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    modules = [name.removesuffix(A).removeprefix("base_model.model.") for name in adapter if name.endswith(A)]
-    ranks = {module: adapter[f"base_model.model.{module}{A}"].shape[0] for module in modules}
-    largest = rank_of(adapter)
-    others = {module: rank for module, rank in ranks.items() if rank != largest}
-    config = LoraConfig(
-        r=largest,
-        lora_alpha=largest * scaling,
-        rank_pattern=others,
-        alpha_pattern={module: rank * scaling for module, rank in others.items()},
-        target_modules=sorted({module.rpartition(".")[2] for module in modules}),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
-
-
 def rank_of(adapter: Mapping[str, Tensor]) -> int:
     """The largest rank of an adapter's modules.
 
     Raises:
         ValueError: if it has none.
     """
-    ranks = [tensor.shape[0] for name, tensor in adapter.items() if name.endswith(A)]
+    ranks = [t.shape[0] for name, t in adapter.items() if name.endswith(A) and not name.startswith(RESIDUAL)]
     if not ranks:
         raise ValueError(f"no adapter: found {', '.join(list(adapter)[:3])}, wanted names that end in {A}")
     return max(ranks)

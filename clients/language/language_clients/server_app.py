@@ -62,4 +62,12 @@ def _adapted(settings: Settings, run_config: Mapping[str, object], adapter: Mapp
     return local.with_adapter(settings, rank, scaling * rank, adapter)
 
 
-app = make_server_app(initial=initial, evaluate=evaluate, architecture=architecture)
+def adapter_config(run_config: Mapping[str, object]) -> dict[str, str]:
+    """What stands in the adapter_config.json of the run's folder: which model the adapter is for."""
+    settings = Settings.read(run_config)
+    if not settings.uses_adapters:
+        return {}
+    return {"base_model_name_or_path": base.folder(settings), "task_type": "CAUSAL_LM"}
+
+
+app = make_server_app(initial=initial, evaluate=evaluate, architecture=architecture, adapter_config=adapter_config)
