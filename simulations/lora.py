@@ -100,6 +100,11 @@ class Setting:
         """The largest rank, and the alpha that goes with it."""
         return max(zip(self.ranks, self.alphas, strict=True))
 
+    @property
+    def equal(self) -> bool:
+        """Whether all clients have one rank and one alpha."""
+        return len({*zip(self.ranks, self.alphas, strict=True)}) == 1
+
 
 SETTINGS = {
     "equal ranks": Setting((8, 8, 8, 8), (16, 16, 16, 16)),
@@ -114,7 +119,7 @@ BASE, ALONE = "the base, untrained", "each client's own, on its own domain"
 def methods(setting: Setting) -> dict[str, MergeMethod]:
     """What is compared. At equal ranks zero-padding is the mean of factors, and is not done twice."""
     rank, _ = setting.largest
-    padded: dict[str, MergeMethod] = {PADDED: lora_zero_pad()} if setting != SETTINGS["equal ranks"] else {}
+    padded: dict[str, MergeMethod] = {PADDED: lora_zero_pad()} if not setting.equal else {}
     return {
         FEDIT: lora_factor_mean(),
         **padded,

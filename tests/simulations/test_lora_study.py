@@ -44,7 +44,7 @@ def test_once_the_stack_and_the_mean_with_its_residual_are_the_exact_sum(clients
     (whole,) = outcomes(clients, "equal ranks", own["FedEx: mean and residual"], 1)
     (mean,) = outcomes(clients, "equal ranks", own[FEDIT], 1)
     assert apart(whole.added, stack.added) < 5e-3  # the stack is what was sent: bfloat16
-    assert apart(mean.added, stack.added) > 0.05
+    assert 0.01 < apart(mean.added, stack.added) < 0.1  # near, after two steps from one A
 
 
 def test_bytes_are_counted_in_bfloat16_as_they_travel(clients):
@@ -95,6 +95,7 @@ def test_tables_show_differences_within_seeds_and_what_was_refused():
 
 
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_of_adapters, "SETTINGS", {name: SETTINGS[name] for name in ("equal ranks", "mixed ranks")})
     monkeypatch.setattr("sys.argv", ["lora.py", "--quick", "--workers", "0", "--out", str(tmp_path)])
     study_of_adapters.main()
     printed = capsys.readouterr().out
