@@ -8,9 +8,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_merge import MergeError, Recipe, RecipeError, build
+from fl_merge.adapters import load_adapter, plain_adapter
 from fl_merge.exchange import Form, exchange_of, fit, form_in_state
 from fl_merge.execute import MergeReport
-from fl_merge.flower import FedMerge
+from fl_merge.flower import FedMerge, server_app
+from fl_merge.flower.apps import LoadedApp, run_app
 from fl_merge.flower.client import receive, receive_adapter, reply
 from fl_merge.flower.inprocess import InProcessGrid
 from fl_merge.flower.records import to_record
@@ -353,3 +355,32 @@ def test_any_method_on_products_in_a_federation_whose_recipe_is_written_down(tmp
     found = Clients().run(again, rounds=1)
     assert any(tensor.any() for name, tensor in found.model.sent.items() if "lora_B" in name)
     assert all(torch.equal(tensor, strategy.model.sent[name]) for name, tensor in found.model.sent.items())
+
+
+def test_a_run_may_start_from_a_peft_adapter_and_leaves_one(tmp_path):
+    about = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q", "up"], "task_type": "CAUSAL_LM"}
+    plain_adapter(adapter(8, 7, trained=True), {**about, "base_model_name_or_path": "a/model"}).save(tmp_path / "first")
+    clients = Clients(dtype="bfloat16")
+    run_config = {
+        "initial-model": str(tmp_path / "first"),
+        "merge-method": "lora_svd",
+        "num-server-rounds": 1,
+        "fraction-evaluate": 0.0,
+        "run-folder": str(tmp_path / "run"),
+    }
+    run_app(LoadedApp(server_app.app, clients.app, run_config=run_config), nodes=3, workers=0)
+    assert distance(clients.received[1, 1], products(adapter(8, 7, trained=True))) < 1e-6
+    left = load_adapter(tmp_path / "run" / "adapter")
+    tensors = {name: left.plain.read(name) for name in left.plain.specs()}
+    wanted = {module: best(product, 16) for module, product in total(clients.sent, 1).items()}
+    assert distance(products(tensors), wanted) < 5e-3
+    assert left.config.raw["base_model_name_or_path"] == "a/model"
+    assert left.config.raw["target_modules"] == ["q", "up"]
+    assert left.config.scaling_of("base_model.model.q") == 1.0
+
+
+def test_an_adapter_config_that_cannot_be_merged_is_refused_before_anyone_trains(tmp_path):
+    clients = Clients()
+    with pytest.raises(RecipeError, match="use_dora"):
+        clients.run(lora_svd(), run_folder=tmp_path / "run", adapter_config={"use_dora": True})
+    assert not clients.received

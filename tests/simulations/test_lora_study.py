@@ -95,7 +95,9 @@ def test_tables_show_differences_within_seeds_and_what_was_refused():
 
 
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study_of_adapters, "SETTINGS", {name: SETTINGS[name] for name in ("equal ranks", "mixed ranks")})
+    monkeypatch.setattr(
+        study_of_adapters, "SETTINGS", {name: SETTINGS[name] for name in ("equal ranks", "mixed ranks")}
+    )
     monkeypatch.setattr("sys.argv", ["lora.py", "--quick", "--workers", "0", "--out", str(tmp_path)])
     study_of_adapters.main()
     printed = capsys.readouterr().out
