@@ -210,6 +210,10 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped")
         sys.exit(130)
+    except SystemExit as ended:  # typer turns Ctrl-C within a command into this
+        if ended.code == 130:
+            err.print("stopped")
+        raise
 
 
 def _complain(error: Exception) -> None:

@@ -82,6 +82,20 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"{hint} (known: {', '.join(options) or 'none'})"
 
 
+def known_keys(where: str, content: object, known: typing.Sequence[str]) -> Mapping[str, Any]:
+    """The content of a table, checked to be one and to have no other keys.
+
+    Raises:
+        RecipeError: for anything else, or for an unknown key, with the nearest known one.
+    """
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{where}: found {content!r}, wanted keys: {', '.join(known)}")
+    for key in content:
+        if key not in known:
+            raise RecipeError(f"unknown key '{key}' in {where}{nearest(str(key), known)}")
+    return content
+
+
 @functools.cache
 def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
     plain = inspect.unwrap(factory)

@@ -24,7 +24,7 @@ from typing import Any
 from fl_merge.clipping import Clipped, clip_norm
 from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
-from fl_merge.hyperparameters import nearest
+from fl_merge.hyperparameters import known_keys
 from fl_merge.method import METHODS, Method, Partition, build, partition
 from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
 from fl_merge.phases import Phase, Schedule, parse_rounds, phase, schedule
@@ -117,7 +117,7 @@ class Recipe:
                     raise RecipeError(f"rule {number} ('{rule.match}'): {error}") from None
             method = partition(rules, otherwise=method)
         if self.clip_norm:
-            bounds = _mapping("clip_norm", self.clip_norm, ("max_norm", "quantile"))
+            bounds = known_keys("clip_norm", self.clip_norm, ("max_norm", "quantile"))
             method = clip_norm(method, max_norm=bounds.get("max_norm"), quantile=bounds.get("quantile"))
         if self.server_optimizer:
             settings = dict(self.server_optimizer)
@@ -150,13 +150,13 @@ class Recipe:
             RecipeError: for a key that is unknown or missing, or a value of the wrong kind.
         """
         if isinstance(content, Mapping) and "phases" in content:
-            _mapping("a recipe of phases", content, ("phases",))
+            known_keys("a recipe of phases", content, ("phases",))
             if not isinstance(content["phases"], list) or not content["phases"]:
                 raise RecipeError(
                     f"phases: found {content['phases']!r}, wanted a list of {{rounds, merge_method, ...}}"
                 )
             return cls("", phases=tuple(_phase(number, each) for number, each in enumerate(content["phases"], start=1)))
-        keys = _mapping("the recipe", content, _KEYS)
+        keys = known_keys("the recipe", content, _KEYS)
         rules = keys.get("rules")
         rules = [] if rules is None else rules
         if not isinstance(rules, list):
@@ -282,15 +282,6 @@ def _name(method: Method) -> str:
     return method.name if module.startswith("fl_merge.") else f"{module}:{method.name}"
 
 
-def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{where}: found {content!r}, wanted keys: {', '.join(known)}")
-    for key in content:
-        if key not in known:
-            raise RecipeError(f"unknown key '{key}' in {where}{nearest(str(key), known)}")
-    return content
-
-
 def _table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A table of the run config: Flower has flattened it to `name.key`, or it is YAML in one string."""
     table = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
@@ -345,7 +336,7 @@ def _wrapper(key: str, content: Mapping[str, Any], short: str, example: str) -> 
 
 def _rule(number: int, content: object) -> Rule:
     where = f"rule {number}"
-    keys = _mapping(where, content, _RULE_KEYS)
+    keys = known_keys(where, content, _RULE_KEYS)
     if not isinstance(keys.get("match"), str):
         raise RecipeError(f"{where}: match: found {keys.get('match')!r}, wanted a glob on tensor names")
     try:
@@ -356,7 +347,7 @@ def _rule(number: int, content: object) -> Rule:
 
 def _phase(number: int, content: object) -> PhaseRecipe:
     where = f"phase {number}"
-    keys = dict(_mapping(where, content, _PHASE_KEYS))
+    keys = dict(known_keys(where, content, _PHASE_KEYS))
     first, count = parse_rounds(where, keys.pop("rounds", None))
     train, config = keys.pop("train", "all"), keys.pop("config", None) or {}
     globs = tuple(train) if isinstance(train, list) else (train,)

@@ -28,7 +28,8 @@ def sce(*, density: Density = 0.1, scale: Scale = 1.0) -> Coordinate:
         scale: multiplies the merged delta.
 
     mergekit takes equal e_i where the sum of mean squares is below 1e-6, which it is for most finetuned models; here
-    the result is the same at any size of the deltas. It gives elements whose sum is 0 a plus sign.
+    the result is the same at any size of the deltas whose squares float32 has (1e-18 to 1e18). It gives elements whose
+    sum is 0 a plus sign.
     """
 
     def score(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fl_merge.errors import RecipeError
-from fl_merge.hyperparameters import nearest
+from fl_merge.hyperparameters import known_keys
 from fl_merge.recipe import Recipe
 
 Scalar = bool | int | float | str
@@ -162,7 +162,7 @@ def parse(content: object, mergekit_methods: Sequence[str]) -> OfflineRecipe:
         for key, why in _REFUSED.items():
             if key in content:
                 raise RecipeError(f"'{key}' {why}")
-    keys = _mapping("the recipe", content, _KEYS)
+    keys = known_keys("the recipe", content, _KEYS)
     given = [key for key in ("models", "slices", "modules") if keys.get(key)]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
@@ -211,7 +211,7 @@ def _only_module(content: object) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or list(content) != ["default"]:
         names = ", ".join(map(str, content)) if isinstance(content, Mapping) else repr(content)
         raise RecipeError(f"modules: found {names}, wanted one module, default: models of several are not supported")
-    part = _mapping("modules: default", content["default"], ("models", "slices", "parameters"))
+    part = known_keys("modules: default", content["default"], ("models", "slices", "parameters"))
     if bool(part.get("models")) == bool(part.get("slices")):
         raise RecipeError("modules: default: wanted exactly one of models, slices")
     return part
@@ -223,7 +223,7 @@ def _models(where: str, content: object) -> Slice:
     sources = []
     for number, item in enumerate(content, start=1):
         at = f"{where}models: number {number}"
-        keys = _mapping(at, item, ("model", "parameters"))
+        keys = known_keys(at, item, ("model", "parameters"))
         sources.append(
             Source(_ref(at, keys.get("model")), None, _parameters(f"{at}: parameters", keys.get("parameters")))
         )
@@ -237,7 +237,7 @@ def _slices(where: str, content: object) -> tuple[Slice, ...]:
     slices = []
     for number, item in enumerate(content, start=1):
         at = f"{where}slice {number}"
-        keys = _mapping(at, item, ("sources", "base_model", "parameters"))
+        keys = known_keys(at, item, ("sources", "base_model", "parameters"))
         if not isinstance(keys.get("sources"), list) or not keys["sources"]:
             raise RecipeError(f"{at}: sources: found {keys.get('sources')!r}, wanted a list of {{model, layer_range}}")
         sources = tuple(_source(f"{at}, source {n}", source) for n, source in enumerate(keys["sources"], start=1))
@@ -251,7 +251,7 @@ def _slices(where: str, content: object) -> tuple[Slice, ...]:
 
 
 def _source(where: str, content: object) -> Source:
-    keys = _mapping(where, content, ("model", "layer_range", "parameters"))
+    keys = known_keys(where, content, ("model", "layer_range", "parameters"))
     found = keys.get("layer_range")
     whole = isinstance(found, list) and len(found) == 2 and all(type(end) is int for end in found)
     if not isinstance(found, list) or not whole or not 0 <= found[0] < found[1]:
@@ -271,7 +271,7 @@ def _ref(where: str, content: object) -> Ref:
     if isinstance(content, str) and content.strip():
         return _ref_of_text(where, content.strip())
     if isinstance(content, Mapping):
-        keys = _mapping(where, content, ("model", "lora"))
+        keys = known_keys(where, content, ("model", "lora"))
         model = _path(f"{where}: model", keys.get("model"))
         lora = _path(f"{where}: lora", keys["lora"]) if keys.get("lora") is not None else None
         return Ref(model.path, model.revision, lora)
@@ -281,7 +281,7 @@ def _ref(where: str, content: object) -> Ref:
 def _path(where: str, content: object) -> Ref:
     if isinstance(content, str):
         return _ref_of_text(where, content)
-    keys = _mapping(where, content, ("path", "revision"))
+    keys = known_keys(where, content, ("path", "revision"))
     if not isinstance(keys.get("path"), str):
         raise RecipeError(f"{where}: path: found {keys.get('path')!r}, wanted text")
     return Ref(keys["path"], str(keys["revision"]) if keys.get("revision") is not None else None)
@@ -315,7 +315,7 @@ def _setting(where: str, content: object) -> Setting:
 
 
 def _clause(where: str, content: object) -> Clause:
-    keys = _mapping(where, content, ("value", "filter"))
+    keys = known_keys(where, content, ("value", "filter"))
     if "value" not in keys:
         raise RecipeError(f"{where}: found {dict(keys)!r}, wanted {{value, filter}}")
     chosen = keys.get("filter")
@@ -352,12 +352,3 @@ def _tokenizer_base(keys: Mapping[str, Any], donor: Ref) -> bool:
     if source == "base" or (source != "union" and _ref("tokenizer_source", source) == donor):
         return True
     raise RecipeError(f"tokenizer_source: found {source!r}, wanted base: other vocabularies are not supported")
-
-
-def _mapping(where: str, content: object, known: Sequence[str]) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{where}: found {content!r}, wanted keys: {', '.join(known)}")
-    for key in content:
-        if key not in known:
-            raise RecipeError(f"unknown key '{key}' in {where}{nearest(str(key), known)}")
-    return content

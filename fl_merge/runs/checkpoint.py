@@ -34,8 +34,8 @@ from fl_merge.types import TensorSpec
 
 FORMAT = 1
 FOLDER = "checkpoints"
-_NAME = re.compile(r"round-(\d+)")
-_TEMPORARY = re.compile(r"\.round-\d+\.[0-9a-f]+\.tmp")
+_NAME = re.compile(r"round-(\d+)(?:-again-(\d+))?")
+_TEMPORARY = re.compile(r"\.round-\d+(-again-\d+)?\.[0-9a-f]+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ class Checkpoint:
         """
         folder = Path(run_folder) / FOLDER
         final = folder / f"round-{self.round_number:06d}"
+        before = latest(run_folder)
+        if before is not None and _order(before)[0] == self.round_number:  # the round was done again
+            final = folder / f"{final.name}-again-{_order(before)[1] + 1}"
         temporary = folder / f".{final.name}.{secrets.token_hex(4)}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +78,6 @@ class Checkpoint:
             if self.model.optimizer_state:
                 save(self.model.optimizer_state, temporary / "optimizer")
             write_text(temporary / "checkpoint.json", json.dumps(self._fields(), indent=2) + "\n")
-            if final.exists():  # the round was done again
-                shutil.rmtree(final)
             os.rename(temporary, final)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -145,7 +146,14 @@ def latest(run_folder: str | Path) -> Path | None:
         there = [path for path in (Path(run_folder) / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
     except OSError:
         return None
-    return max(there, key=lambda path: int(path.name.removeprefix("round-")), default=None)
+    return max(there, key=_order, default=None)
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """The round that a checkpoint is of, and how many times that was done again."""
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None
+    return int(found[1]), int(found[2] or 0)
 
 
 def _model(folder: Path, fields: Mapping[str, Any]) -> GlobalModel:

@@ -254,3 +254,21 @@ def test_the_run_config_resumes_a_server(tmp_path):
     assert [line["event"] for line in journal(tmp_path / "half", "run_started", "resumed")] == ["run_started"] + [
         "resumed"
     ] * 2
+
+
+def test_a_round_that_is_done_again_never_leaves_the_run_without_a_checkpoint(half, monkeypatch):
+    """The older checkpoint of the same round goes only after the newer one is there, and the newer one counts."""
+    checkpoint = Checkpoint.read(half)
+    removed = shutil.rmtree
+
+    def watched(path, **options):
+        assert latest(half) is not None
+        assert latest(half) != path
+        removed(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    for again in (1, 2):
+        newer = Checkpoint(3, 5, f"method {again}", None, checkpoint.model)
+        assert newer.write(half) == latest(half)
+        assert Checkpoint.read(half).method == f"method {again}"
+        assert [path.name for path in (half / "checkpoints").iterdir()] == [f"round-000003-again-{again}"]
