@@ -63,12 +63,12 @@ DEFAULTS = (
 """Methods that are run at their defaults. Left out are those that are the average or nearly another of these here."""
 
 TUNED: Mapping[str, tuple[Mapping[str, float], ...]] = {
-    "task_arithmetic": ({"scale": 1.5}, {"scale": 2.0}, {"scale": 3.0}),
+    "task_arithmetic": ({"scale": 1.0}, {"scale": 1.5}, {"scale": 2.0}),
     "ties": ({"scale": 0.25}, {"scale": 0.5}, {"scale": 2.0}),
     "tsv_m": ({"scale": 0.2}, {"scale": 0.5}),
-    "iso_c": ({"scale": 0.2}, {"scale": 0.5}, {"scale": 2.0}),
-    "wudi": ({"ridge": 0.1}, {"ridge": 1.0}),
-    "regmean": ({"ridge": 0.1}, {"ridge": 1.0}),
+    "iso_c": ({"scale": 0.5}, {"scale": 2.0}, {"scale": 4.0}),
+    "wudi": ({"ridge": 0.1}, {"ridge": 1.0}, {"ridge": 10.0}),
+    "regmean": ({"ridge": 0.1}, {"ridge": 1.0}, {"ridge": 10.0}),
 }
 """Methods with a setting that is tuned, and the values to choose from."""
 
@@ -76,10 +76,10 @@ OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 0
 """Methods that are run inside server optimizers, at which settings. 1 / N turns a method's sum into a mean."""
 
 MOMENTA = [
-    {"name": "momentum", "lr": lr, "beta": beta} for beta, lr in ((0.5, 0.3), (0.5, 1.0), (0.9, 0.1), (0.9, 0.3))
+    {"name": "momentum", "lr": lr, "beta": beta} for beta, lr in ((0.5, 1.0), (0.5, 2.0), (0.9, 0.3), (0.9, 1.0))
 ]
 ADAMS = [
-    {"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.003), (1e-3, 0.01), (1e-3, 0.03), (1e-2, 0.03))
+    {"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.01), (1e-3, 0.03), (1e-3, 0.1), (1e-2, 0.1))
 ]
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
