@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters, plain_adapter
+from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters, plain_adapter, require_free
 from fl_merge.adapters import fold as fold_adapters
 from fl_merge.codecs import DTYPES
 from fl_merge.errors import RecipeError
@@ -34,6 +34,7 @@ Weights = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Of what is written; by default as the adapters are.")]
 Missing = Annotated[str, typer.Option("--missing", help="A module that an adapter lacks: zero or renormalise.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")]
 
 
 @lora.command()
@@ -44,9 +45,10 @@ def stack(
     max_rank: Annotated[int | None, typer.Option(help="Cut the stack to this rank.")] = None,
     missing: Missing = "zero",
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Concatenate adapters: ranks add up, the product is the exact weighted sum."""
-    _merge(build("lora_stack", max_rank=max_rank, missing=missing), adapters, weights, out_folder, dtype)
+    _merge(build("lora_stack", max_rank=max_rank, missing=missing), adapters, weights, out_folder, dtype, force)
 
 
 @lora.command()
@@ -59,10 +61,11 @@ def svd(
     tolerance: Annotated[float | None, typer.Option(help="The largest relative error.")] = None,
     missing: Missing = "zero",
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Sum adapters and keep the best approximation of a rank; the error is exact and reported."""
     method = build("lora_svd", rank=rank, energy=energy, tolerance=tolerance, missing=missing)
-    _merge(method, adapters, weights, out_folder, dtype)
+    _merge(method, adapters, weights, out_folder, dtype, force)
 
 
 @lora.command()
@@ -71,8 +74,10 @@ def fold(
     base: Annotated[Path, typer.Option(help="The model's folder or safetensors file.")],
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="The folder of the new checkpoint.")],
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Add adapters to the weights of their model, into a checkpoint of its own."""
+    require_free(out_folder, [*adapters, base], force=force)
     report = fold_adapters([load_adapter(each) for each in adapters], base, out_folder, dtype=_dtype(dtype))
     out.print(f"{report.tensors} tensors in {out_folder}", highlight=False, soft_wrap=True)
 
@@ -83,6 +88,7 @@ def export(
     config: Annotated[Path, typer.Option(help="A client's adapter_config.json: of which modules of which model.")],
     out_folder: Out,
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Write the adapter that a federation has merged as one that PeftModel.from_pretrained loads."""
     try:
@@ -91,6 +97,7 @@ def export(
         raise RecipeError(f"cannot read '{config}': {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"'{config}': found a {type(raw).__name__}, wanted an object")
+    require_free(out_folder, [model, config], force=force)
     found = plain_adapter(load(model), raw, str(config))
     found.save(out_folder, _dtype(dtype))
     out.print(f"{len(found.manifest['modules'])} modules: {out_folder}", highlight=False, soft_wrap=True)
@@ -122,8 +129,9 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")
 
 
 def _merge(
-    method: MergeMethod, folders: list[Path], weights: str | None, folder: Path, dtype: str | None
+    method: MergeMethod, folders: list[Path], weights: str | None, folder: Path, dtype: str | None, force: bool
 ) -> MergedAdapter:
+    require_free(folder, folders, force=force)
     adapters: list[Adapter] = [load_adapter(each) for each in folders]
     merged = merge_adapters(method, adapters, _weights(weights))
     merged.save(folder, _dtype(dtype))

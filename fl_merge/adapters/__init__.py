@@ -2,7 +2,7 @@
 
 from fl_merge.adapters.config import AdapterConfig
 from fl_merge.adapters.folder import TENSORS as ADAPTER_FILE
-from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter
+from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter, require_free
 from fl_merge.adapters.folding import FoldedSource, fold
 from fl_merge.adapters.merging import MergedAdapter, merge_adapters, plain_adapter
 
@@ -17,4 +17,5 @@ __all__ = [
     "load_adapter",
     "merge_adapters",
     "plain_adapter",
+    "require_free",
 ]

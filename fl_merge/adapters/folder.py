@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,26 @@ def sha256_of(path: Path) -> str:
     """Of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_free(folder: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse a folder where writing would cost something that is there.
+
+    Args:
+        folder: where the result goes.
+        inputs: folders or files that are read.
+        force: whether what is in the folder may be replaced; an input never is.
+
+    Raises:
+        RecipeError: if the folder is an input's, a file, or not empty (unless `force`).
+    """
+    for path in inputs:
+        if (path if path.is_dir() else path.parent).resolve() == folder.resolve():
+            raise RecipeError(f"'{folder}' is where the input '{path}' is; write to another folder")
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"'{folder}' is a file, wanted a folder to write")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise RecipeError(f"folder '{folder}' is not empty; give another one, or --force to replace what is in it")
 
 
 def write_adapter(

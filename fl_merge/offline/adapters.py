@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from fl_merge.adapters import MergedAdapter, load_adapter, merge_adapters
+from fl_merge.adapters import MergedAdapter, load_adapter, merge_adapters, require_free
 from fl_merge.errors import RecipeError
 from fl_merge.hyperparameters import nearest
 from fl_merge.method import METHODS, build
@@ -47,7 +47,7 @@ def merge_recipe(
         force: replace an adapter that is there.
 
     Raises:
-        RecipeError: naming the recipe, and what is wrong with it.
+        RecipeError: naming the recipe, and what is wrong with it; if the folder is taken.
         MergeError: if the method cannot merge these, or the folder cannot be written.
     """
     where = f"recipe '{recipe}'"
@@ -65,8 +65,7 @@ def merge_recipe(
         listed = [_entry(entry, recipe.resolve().parent) for entry in _list(content["models"])]
         if len({path for path, _ in listed}) < len(listed):
             raise RecipeError("models: an adapter is named twice; give it a larger weight instead")
-        if folder.exists() and any(folder.iterdir()) and not force:
-            raise RecipeError(f"'{folder}' is there and not empty; write to another folder, or --force")
+        require_free(folder, [path for path, _ in listed], force=force)
         adapters = {str(path): load_adapter(path) for path, _ in listed}
         weights = {str(path): weight for path, weight in listed}
         merged = merge_adapters(method, adapters, weights, seed, threads=threads)

@@ -72,7 +72,11 @@ def test_adapters_by_themselves(tmp_path, run):
     assert json.loads((tmp_path / "merged/adapter_config.json").read_text())["r"] == 12
     assert PeftModel.from_pretrained(llama(), tmp_path / "merged").active_adapter == "default"
     code, text = run("merge", "recipe.yaml", "merged")
-    assert (code, "is there and not empty" in text) == (2, True)
+    assert (code, "is not empty; give another one, or --force" in text) == (2, True)
+    code, text = run("merge", "recipe.yaml", "client0", "--force")
+    assert (code, "'client0' is where the input 'client0' is" in text) == (2, True)
+    code, text = run("merge", "recipe.yaml", "recipe.yaml")
+    assert (code, "'recipe.yaml' is a file, wanted a folder" in text) == (2, True)
     assert run("merge", "recipe.yaml", "merged", "--force")[0] == 0
 
 

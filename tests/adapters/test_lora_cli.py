@@ -59,7 +59,7 @@ def test_the_adapter_of_a_federation_is_written_for_peft(folders, monkeypatch, c
     found = load_file(folders / "final/adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
     save_file({"w": torch.ones(2)}, folders / "other.safetensors")
-    code, text = run(monkeypatch, capsys, "lora", "export", "other.safetensors", *arguments[2:])
+    code, text = run(monkeypatch, capsys, "lora", "export", "other.safetensors", *arguments[2:-1], "none")
     assert (code, "wanted an adapter" in text) == (2, True)
 
 
@@ -118,3 +118,27 @@ def test_wrong_input_is_one_line_and_code_2(folders, monkeypatch, capsys, argume
     assert message in text
     assert len(text.splitlines()) == 1
     assert not (folders / "x").exists()
+
+
+def test_what_is_there_is_not_written_over(folders, monkeypatch, capsys):
+    (folders / "base").mkdir()
+    save_file({"layers.0.q.weight": torch.ones(40, 30)}, folders / "base/model.safetensors")
+    save_file(tensors(5, 6), folders / "model.safetensors")
+    (folders / "file").touch()
+    before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
+    taken = "'{}' is where the input '{}' is; write to another folder"
+    for arguments, message in (
+        (["stack", "client0", "client1", "-o", "client1", "--force"], taken.format("client1", "client1")),
+        (["svd", "client0", "client1", "-o", "client0/../client1"], taken.format("client0/../client1", "client1")),
+        (["fold", "client0", "--base", "base", "-o", "base", "--force"], taken.format("base", "base")),
+        (["fold", "client0", "--base", "base/model.safetensors", "-o", "base"], "where the input 'base/model.safet"),
+        (["svd", "client0", "-o", "file"], "'file' is a file, wanted a folder to write"),
+        (["svd", "client0", "-o", "base"], "folder 'base' is not empty; give another one, or --force to replace"),
+        (["export", "model.safetensors", "--config", "client0/adapter_config.json", "-o", "."], "where the input"),
+    ):
+        code, text = run(monkeypatch, capsys, "lora", *arguments)
+        assert (code, message in text, len(text.splitlines())) == (2, True, 1), text
+    assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
+    assert run(monkeypatch, capsys, "lora", "svd", "client0", "-o", "new")[0] == 0
+    assert run(monkeypatch, capsys, "lora", "svd", "client0", "-o", "new")[0] == 2
+    assert run(monkeypatch, capsys, "lora", "svd", "client1", "-o", "new", "--force")[0] == 0
