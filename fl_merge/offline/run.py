@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fl_merge.check import check_finite
-from fl_merge.errors import MergeError, NonFiniteError
+from fl_merge.errors import NonFiniteError, RecipeError
 from fl_merge.execute import MergeReport, execute
 from fl_merge.offline.output import readme, require_writable, staged, write_config
 from fl_merge.offline.plan import OfflinePlan
@@ -40,7 +40,7 @@ def merge_files(
         on_tensor: called with the name of each tensor that is done.
 
     Raises:
-        RecipeError: if `out` is taken.
+        RecipeError: if `out` is taken, or the device is not there.
         UpdateError: if a model holds values that are not finite.
         MergeError: if the result cannot be computed or written.
     """
@@ -50,7 +50,9 @@ def merge_files(
         sink = SafetensorsSink(folder, max_shard_bytes=shard_bytes)
         try:
             report = execute(plan, plan.cohort(seed), sink, threads=threads, device=device, on_tensor=on_tensor)
-        except MergeError:
+        except RecipeError:
+            raise
+        except Exception:  # a value that is not finite shows in more than one way: no element is above a cut of NaN
             _blame(plan)
             raise
         write_config(plan, folder)

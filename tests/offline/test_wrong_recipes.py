@@ -168,6 +168,18 @@ def test_a_model_that_does_not_fit(run, tmp_path, changed, line):
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_a_cut_through_nan_is_blamed_on_the_model(run, tmp_path, method):
+    other_model(tmp_path, lm_head__weight=torch.full((64, 32), float("nan")))
+    (tmp_path / "recipe.yaml").write_text(
+        f"merge_method: {method}\nbase_model: base\nmodels:\n"
+        "  - {model: other, parameters: {weight: 1, density: 0.5}}\n"
+    )
+    code, _, complaint = run("merge", "recipe.yaml", "out")
+    assert (code, "model 'other': element 0 is nan, wanted finite" in complaint) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_vocabulary_in_another_order_is_refused_where_the_bases_is_asked_for(run, tmp_path):
     llama(3).save_pretrained(tmp_path / "other")
     save_tokenizer(tmp_path / "other")
