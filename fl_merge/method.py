@@ -74,7 +74,8 @@ class Method:
         return self.shape.plan(spec)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+        shown = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.parameters.items()}
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_a_full_recipe(load):
     )
     assert str(recipe.build()) == (
         "partition(*norm*: weighted_average(), *.head.*: task_arithmetic(scale=0.1, "
-        "coefficients=mappingproxy({'12': -1.0, '7': 100000.0}), normalize=True), "
+        "coefficients={'12': -1.0, '7': 100000.0}, normalize=True), "
         "otherwise ties(density=0.3, scale=1.5, normalize=True, scope='model', election='total'))"
     )
 

@@ -25,7 +25,7 @@ def test_the_plan_says_what_is_read_done_and_written(run, tmp_path):
     assert "base 4 39" in found
     assert "base, config and tokenizer" in found
     assert f"reads {4 * size / 1e3:.3g} kB of 4 models" in found or "reads 56" in found
-    assert "density=mappingproxy({'1': 1.0, '2': 0.5, '3': 0.33})" in found
+    assert "density={'1': 1.0, '2': 0.5, '3': 0.33}" in found
     assert "math x 1, code x 0.1, chat x 0.2" in found
     assert "note: 'int8_mask' changes nothing in the result" in found
 
