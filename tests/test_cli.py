@@ -116,6 +116,11 @@ def test_a_rule_that_matches_no_tensor(run: Run, tmp_path: Path) -> None:
         ),
         (["simulate", DIGITS, "-c", 'merge-method="tyes"'], "error: run config: unknown merge method 'tyes'"),
         (["simulate", DIGITS, "-c", "num-rounds=3"], "did you mean 'num-server-rounds'?"),
+        (
+            ["simulate", DIGITS, "--recipe", "recipe.yaml", "-c", 'merge-method="slerp"'],
+            "error: run config 'merge-method': recipe 'recipe.yaml' says how to merge; give one of the two",
+        ),
+        (["simulate", DIGITS, "-c", 'wire-dtype="int8"'], "error: wire-dtype: 'int8', wanted one of float32, bfloat16"),
         (["simulate", TOY, "--recipe", "recipe.yaml"], "has no key 'recipe' in its run config"),
     ],
 )

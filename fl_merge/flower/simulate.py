@@ -94,6 +94,9 @@ def simulate(
             raise RecipeError(
                 f"app '{app.name}' has no key 'recipe' in its run config, so it cannot take a recipe file"
             )
+        for key in ("merge-method", "parameters", "rules", "clip-norm", "server-optimizer"):
+            if key in {name.partition(".")[0] for name in app.overridden}:
+                raise RecipeError(f"run config '{key}': recipe '{recipe}' says how to merge; give one of the two")
         config["recipe"] = str(Path(recipe).resolve())
     seed = 0 if seed is None else seed
     count = nodes if nodes is not None else int(before.get("nodes", 0)) or _nodes(app)

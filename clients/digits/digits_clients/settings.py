@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fl_merge.errors import RecipeError
+
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,19 +41,19 @@ class Settings:
         """The settings of a Flower run config; keys that are not ours are left alone (the server's live beside them).
 
         Raises:
-            ValueError: for a wire dtype or a setting that does not exist.
+            RecipeError: for a wire dtype or a setting that does not exist.
         """
         wire = str(run_config.get("wire-dtype", "float32"))
         if wire not in WIRE_DTYPES:
-            raise ValueError(f"wire-dtype: {wire!r}, wanted one of {', '.join(WIRE_DTYPES)}")
+            raise RecipeError(f"wire-dtype: {wire!r}, wanted one of {', '.join(WIRE_DTYPES)}")
         setting = str(run_config.get("setting", cls.setting))
         if setting not in ("domains", "dirichlet"):
-            raise ValueError(f"setting: {setting!r}, wanted 'domains' or 'dirichlet'")
+            raise RecipeError(f"setting: {setting!r}, wanted 'domains' or 'dirichlet'")
 
         def number(key: str, default: float) -> float:
             value = run_config.get(key, default)
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{key}: {value!r}, wanted a number")
+                raise RecipeError(f"{key}: {value!r}, wanted a number")
             return value
 
         return cls(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fl_merge.errors import RecipeError
+
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -54,13 +56,13 @@ class Settings:
         """The settings of a Flower run config; keys that are not ours are left alone (the server's live beside them).
 
         Raises:
-            ValueError: naming the key, for a value of the wrong kind or out of range.
+            RecipeError: naming the key, for a value of the wrong kind or out of range.
         """
 
         def number(key: str, default: float, low: float) -> float:
             value = run_config.get(key, default)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < math.inf:
-                raise ValueError(f"{key}: {value!r}, wanted a number >= {low:g}")
+                raise RecipeError(f"{key}: {value!r}, wanted a number >= {low:g}")
             return value
 
         def listed(key: str, default: str, low: float) -> list[float]:
@@ -70,21 +72,21 @@ class Settings:
             except ValueError:
                 numbers = []
             if isinstance(value, bool) or not numbers or not all(low <= entry < math.inf for entry in numbers):
-                raise ValueError(
+                raise RecipeError(
                     f"{key}: {value!r}, wanted a number >= {low:g}, or several by partition as in '4,8,16'"
                 )
             return numbers
 
         wire = str(run_config.get("wire-dtype", "bfloat16"))
         if wire not in WIRE_DTYPES:
-            raise ValueError(f"wire-dtype: {wire!r}, wanted one of {', '.join(WIRE_DTYPES)}")
+            raise RecipeError(f"wire-dtype: {wire!r}, wanted one of {', '.join(WIRE_DTYPES)}")
         ranks = listed("adapter-rank", "0", 0)
         if any(rank != int(rank) for rank in ranks) or (len(ranks) > 1 and min(ranks) < 1):
             found = run_config.get("adapter-rank")
-            raise ValueError(f"adapter-rank: {found!r}, wanted whole numbers >= 1, or 0 alone to train all weights")
+            raise RecipeError(f"adapter-rank: {found!r}, wanted whole numbers >= 1, or 0 alone to train all weights")
         alphas = listed("adapter-alpha", "16", 0)
         if min(alphas) == 0:
-            raise ValueError(f"adapter-alpha: {run_config.get('adapter-alpha')!r}, wanted numbers > 0")
+            raise RecipeError(f"adapter-alpha: {run_config.get('adapter-alpha')!r}, wanted numbers > 0")
         targets = tuple(part.strip() for part in str(run_config.get("adapter-targets", "all-linear")).split(","))
         return cls(
             model=str(run_config.get("model", cls.model)),
