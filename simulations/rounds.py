@@ -78,9 +78,7 @@ OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 0
 MOMENTA = [
     {"name": "momentum", "lr": lr, "beta": beta} for beta, lr in ((0.5, 1.0), (0.5, 2.0), (0.9, 0.3), (0.9, 1.0))
 ]
-ADAMS = [
-    {"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.01), (1e-3, 0.03), (1e-3, 0.1), (1e-2, 0.1))
-]
+ADAMS = [{"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.01), (1e-3, 0.03), (1e-3, 0.1), (1e-2, 0.1))]
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
 

@@ -13,9 +13,9 @@ import subprocess
 
 import pytest
 import torch
-from recipes import MODELS, RECIPES
 
 from fl_merge.store import load
+from recipes import MODELS, RECIPES
 
 pytestmark = [
     pytest.mark.slow,

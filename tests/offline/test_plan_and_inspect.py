@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from recipes import EXAMPLES, PASSTHROUGH, TIES
 
 from fl_merge.offline.commands import _bytes
 from fl_merge.store import load, save
+from recipes import EXAMPLES, PASSTHROUGH, TIES
 
 
 def printed(run, *arguments):
