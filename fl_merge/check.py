@@ -65,9 +65,7 @@ def check_update(
     try:
         check_num_examples(update.num_examples, max_num_examples)
         check_specs(update.tensors.specs(), base)
-        suspects = _not_plainly_finite({name: update.tensors.read(name) for name in base}, base)
-        for name, tensor in suspects:
-            check_finite(name, tensor, base[name].dtype, values)
+        check_values(update.tensors, base, values)
         for name, first in (tied or {}).items():
             if not torch.equal(update.tensors.read(name), update.tensors.read(first)):
                 raise TensorMismatchError(f"differs from '{first}', to which it is tied in the base", tensor=name)
@@ -151,6 +149,21 @@ def check_metrics(metrics: Mapping[str, Any], sends: Sequence[str]) -> None:
     if not 1 <= number <= MAX_STEPS or number != int(number):
         found = "is missing" if steps is None else f"is {steps!r}"
         raise MetricError(f"metric '{LOCAL_STEPS}' {found}, wanted the whole number of local steps, 1 to {MAX_STEPS:,}")
+
+
+def check_values(tensors: TensorSource, base: Mapping[str, TensorSpec], values: TensorSource | None = None) -> None:
+    """Every floating tensor that the base has is finite, and not enormous.
+
+    Args:
+        tensors: whose values are read once, on all cores.
+        base: names, and the dtypes in which the values must have a place.
+        values: a model whose own elements are accepted, however large.
+
+    Raises:
+        NonFiniteError: as `check_finite`.
+    """
+    for name, tensor in _not_plainly_finite({name: tensors.read(name) for name in base}, base):
+        check_finite(name, tensor, base[name].dtype, values)
 
 
 def check_num_examples(value: object, maximum: float = MAX_NUM_EXAMPLES) -> float:

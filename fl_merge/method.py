@@ -68,10 +68,17 @@ class Method:
         Raises:
             MergeError: if the cohort is larger or smaller than the method takes.
         """
-        if len(spec.client_ids) not in self.clients:
-            count = len(spec.client_ids)
-            raise MergeError(f"{self}: found {count} client{'' if count == 1 else 's'}, wanted {self.clients}")
+        self.require_cohort(len(spec.client_ids))
         return self.shape.plan(spec)
+
+    def require_cohort(self, count: int) -> None:
+        """Refuse a cohort that is larger or smaller than the method takes.
+
+        Raises:
+            MergeError: saying how many it takes and why.
+        """
+        if count not in self.clients:
+            raise MergeError(f"{self}: found {count} client{'' if count == 1 else 's'}, wanted {self.clients}")
 
     def __str__(self) -> str:
         shown = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.parameters.items()}
@@ -227,10 +234,17 @@ def as_method(method: object) -> MergeMethod:
 
 def sends(method: object) -> tuple[str, ...]:
     """What a method, and those that it is made of, need of clients: of "fisher", "gram", "hidden" and "steps"."""
-    found: list[str] = []
+    found: set[str] = set()
+    for part in methods_in(method):
+        found.update(METHODS[part.name].sends if part.name in METHODS else ())
+        found.update(getattr(part.shape, "sends", ()))  # where it depends on the settings
+    return tuple(sorted(found))
+
+
+def methods_in(method: object) -> Iterator[Method]:
+    """The registered methods that a method is made of: itself, and those inside of wrappers and rules."""
     if isinstance(method, Method):
-        found += METHODS[method.name].sends if method.name in METHODS else ()
-        found += getattr(method.shape, "sends", ())  # where it depends on the settings
+        yield method
         inside: list[object] = [*method.parameters.values(), method.shape]
     else:
         inside = list(getattr(method, "__dict__", {}).values())
@@ -239,8 +253,7 @@ def sends(method: object) -> tuple[str, ...]:
         if isinstance(part, list | tuple):
             inside += part
         elif callable(getattr(part, "plan", None)):
-            found += sends(part)
-    return tuple(sorted(set(found)))
+            yield from methods_in(part)
 
 
 def find(name: str) -> MethodEntry:

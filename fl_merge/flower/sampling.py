@@ -10,6 +10,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 
 from fl_merge.errors import MergeError, RecipeError
+from fl_merge.method import methods_in
+from fl_merge.types import MergeMethod
 
 logger = logging.getLogger("flwr")
 
@@ -83,6 +85,19 @@ def require_quorum(sampled: int, needed: int) -> None:
             f"{counted(sampled, 'node is', 'nodes are')} sampled and a round needs {needed} usable replies "
             "(min_replies): no round could succeed; sample more nodes or lower min_replies"
         )
+
+
+def require_cohort(method: MergeMethod, sampled: int) -> None:
+    """Refuse to let so many clients train for a method that does not merge so many.
+
+    Raises:
+        RecipeError: saying how many it takes and why.
+    """
+    try:
+        for part in methods_in(method):
+            part.require_cohort(sampled)
+    except MergeError as error:
+        raise RecipeError(f"{error}; sample other numbers of nodes, or merge otherwise") from None
 
 
 def log_settings(

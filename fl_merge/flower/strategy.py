@@ -35,7 +35,7 @@ from fl_merge.flower.records import wire_dtype as wire_dtype_of
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.requests import Requests
 from fl_merge.flower.resume import Resumption, checkpoint_of, goes_on_in, resumption_here
-from fl_merge.flower.sampling import RunFailedError, log_settings, require_quorum, sample
+from fl_merge.flower.sampling import RunFailedError, log_settings, require_cohort, require_quorum, sample
 from fl_merge.flower.watch import Evaluation, Watcher, watchers_here
 from fl_merge.hyperparameters import in_range, whole_number
 from fl_merge.method import as_method
@@ -291,6 +291,7 @@ class FedMerge(Strategy):
         try:
             nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
             require_quorum(len(nodes), quorum(len(nodes), self.min_replies, self.max_failures))
+            require_cohort(self._phasing.phase(server_round).method, len(nodes))
             self._phasing.make_room(server_round, len(nodes), trained, grid)  # before clients train for nothing
         except (RunFailedError, RecipeError) as error:
             if self._merged_rounds == 0:

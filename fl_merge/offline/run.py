@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fl_merge.check import check_finite
-from fl_merge.errors import NonFiniteError, RecipeError
+from fl_merge.check import check_values
+from fl_merge.errors import NonFiniteError
 from fl_merge.execute import MergeReport, execute
 from fl_merge.offline.output import readme, require_writable, staged, write_config
 from fl_merge.offline.plan import OfflinePlan
@@ -46,15 +46,10 @@ def merge_files(
     """
     inputs = [model.path for model in plan.models.values()]
     require_writable(out, inputs, force=force)
+    _require_finite(plan)
     with staged(out) as folder:
         sink = SafetensorsSink(folder, max_shard_bytes=shard_bytes)
-        try:
-            report = execute(plan, plan.cohort(seed), sink, threads=threads, device=device, on_tensor=on_tensor)
-        except RecipeError:
-            raise
-        except Exception:  # a value that is not finite shows in more than one way: no element is above a cut of NaN
-            _blame(plan)
-            raise
+        report = execute(plan, plan.cohort(seed), sink, threads=threads, device=device, on_tensor=on_tensor)
         write_config(plan, folder)
         hashes = {str(ref): dict(model.hashes()) for ref, model in plan.models.items()}
         text = readme(plan, out.resolve().name, recipe_text, hashes, version)
@@ -63,16 +58,14 @@ def merge_files(
     return report
 
 
-def _blame(plan: OfflinePlan) -> None:
-    """If a merge gave no finite value because a model has none there, say which model.
+def _require_finite(plan: OfflinePlan) -> None:
+    """Refuse models with values that are not finite: some methods would take them for no change at all.
 
     Raises:
         NonFiniteError: naming the model and the tensor.
     """
     for ref, model in plan.models.items():
-        for name, spec in model.source.specs().items():
-            if spec.is_floating:
-                try:
-                    check_finite(name, model.source.read(name), spec.dtype)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"model '{ref}': {error.problem}", tensor=name) from None
+        try:
+            check_values(model.source, model.source.specs(), model.source)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"model '{ref}': {error.problem}", tensor=error.tensor) from None

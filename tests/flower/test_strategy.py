@@ -13,14 +13,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fl_merge import FlMergeError, MergeError, RecipeError, partition
+from fl_merge import FlMergeError, MergeError, RecipeError, clip_norm, partition
 from fl_merge.flower import FedMerge
 from fl_merge.flower.client import receive, reply
 from fl_merge.flower.inprocess import InProcessGrid
 from fl_merge.flower.records import to_record, to_tensors
 from fl_merge.flower.strategy import RunFailedError
 from fl_merge.flower.watch import Watcher, watching
-from fl_merge.methods import task_arithmetic, ties, weighted_average
+from fl_merge.methods import krum, task_arithmetic, ties, weighted_average
 
 
 def model(dtype=torch.float32):
@@ -247,6 +247,17 @@ def test_a_quorum_that_cannot_be_met_is_refused_before_clients_work():
         "3 nodes are sampled and a round needs 4 usable replies (min_replies): no round could succeed; "
         "sample more nodes or lower min_replies"
     )
+
+
+def test_a_method_that_does_not_merge_so_many_is_refused_before_clients_work():
+    inside = clip_norm(partition([("w", krum(f=1))], otherwise=weighted_average()), max_norm=1.0)
+    for method in (krum(f=1), inside):
+        with grid_of(3) as grid, pytest.raises(RecipeError) as caught:
+            FedMerge(method).start(grid, to_record(model()))
+        assert str(caught.value) == (
+            "krum(f=1): found 3 clients, wanted at least 5 (N >= 2 f + 3 with f = 1); "
+            "sample other numbers of nodes, or merge otherwise"
+        )
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
