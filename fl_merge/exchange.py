@@ -219,20 +219,23 @@ class Downlinks:
     Args:
         master: the adapter in plain factors.
         exchange: of the method.
-        key: (seed, round), of the random rows that fill up A for a client of a larger rank; their B is zero.
     """
 
-    def __init__(self, master: Mapping[str, Tensor], exchange: Exchange, key: tuple[int, int]) -> None:
+    def __init__(self, master: Mapping[str, Tensor], exchange: Exchange) -> None:
         self._master = master
         self._exchange = exchange
-        self._key = key
         specs = {n: TensorSpec.of(t) for n, t in master.items() if not n.startswith(RESIDUAL)}
         self._pairs, others = pairs_of(specs)
         self._rest = {name: master[name] for name in master if name in others or name.startswith(RESIDUAL)}
         self._products: dict[str, Factors] = {}
 
-    def fitted(self, form: Form) -> dict[str, Tensor]:
-        """In a client's ranks and scalings; of the modules that it has. Float32."""
+    def fitted(self, form: Form, key: tuple[int, int]) -> dict[str, Tensor]:
+        """In a client's ranks and scalings; of the modules that it has. Float32.
+
+        Args:
+            form: the client's.
+            key: (seed, round), of the random rows that fill up A for a client of a larger rank; their B is zero.
+        """
         found = dict(self._rest)
         for module, rank in form.ranks.items():
             pair = self._pairs[module]
@@ -243,7 +246,7 @@ class Downlinks:
             b = torch.zeros(pair.outputs, rank, dtype=torch.float64)
             a[:kept], b[:, :kept] = a_RI[:kept], b_OR[:, :kept] / form.scalings[module]
             if rank > kept:  # a row of zeros in both factors would never be trained
-                drawn = uniform(stream_key(*self._key, "", pair.a), 0, (rank - kept) * pair.inputs)
+                drawn = uniform(stream_key(*key, "", pair.a), 0, (rank - kept) * pair.inputs)
                 a[kept:] = (2.0 * drawn.view(-1, pair.inputs) - 1.0) / math.sqrt(pair.inputs)
             found[pair.a] = a.to(compute_dtype(a_spec.dtype)).view(a_spec.shape)
             found[pair.b] = b.to(compute_dtype(b_spec.dtype)).view(b_spec.shape)

@@ -107,11 +107,12 @@ class CarriedModel:
     def _in_form(self, form: Form, seed: int, server_round: int) -> ArrayRecord:
         assert self._exchange is not None
         if self._downlinks is None:
-            self._downlinks = Downlinks(self.model.master(), self._exchange, (seed, server_round))
+            self._downlinks = Downlinks(self.model.master(), self._exchange)
             self._fitted = {}
-        key = (tuple(form.ranks.items()), tuple(form.scalings.items()))
+        # With the round: what clients train from may not depend on whether they evaluated the model in the one before.
+        key = (server_round, tuple(form.ranks.items()), tuple(form.scalings.items()))
         if key not in self._fitted:
-            tensors = self._downlinks.fitted(form)
+            tensors = self._downlinks.fitted(form, (seed, server_round))
             dtypes = {
                 n: self._wire if self._wire and t.is_floating_point() else self.model.dtypes[n]
                 for n, t in tensors.items()

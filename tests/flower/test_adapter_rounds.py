@@ -76,7 +76,7 @@ class Clients:
             return reply(message, tensors, number + 1, metrics, dtype)
 
     def run(self, method, rounds=2, nodes=3, initial=None, **options):
-        strategy = FedMerge(method, fraction_evaluate=0.0, **options)
+        strategy = FedMerge(method, **{"fraction_evaluate": 0.0, **options})
         first = adapter(max(RANKS), 7) if initial is None else initial
         with InProcessGrid(self.app, nodes, workers=0) as grid:
             strategy.start(grid, to_record(first), num_rounds=rounds)
@@ -130,6 +130,21 @@ def test_a_client_of_a_larger_rank_gets_rows_that_can_be_trained():
     assert bool(a[2:].abs().sum(1).gt(0).all())
     assert not b[:, 2:].any()
     assert bool(b[:, :2].any())
+
+
+def test_what_clients_train_from_does_not_depend_on_whether_they_evaluate():
+    """Rows that fill up A are drawn in every round; an evaluation between two of them draws none of theirs."""
+    found = []
+    for fraction in (0.0, 1.0):
+        clients = Clients()
+
+        @clients.app.evaluate()
+        def evaluate(message: Message, context: Context) -> Message:
+            return reply(message, None, 1, {"loss": 0.0})
+
+        clients.run(lora_svd(rank=2), fraction_evaluate=fraction)
+        found.append(clients.raw[2, 2])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_bfloat16_over_the_wire_and_float32_between_rounds():
