@@ -1,6 +1,6 @@
 """LoRA adapters of four clients with text of their own: ways of merging them, once and over ten rounds.
 
-    python simulations/lora.py --seeds 5 --out runs/lora
+    python simulations/lora.py --seeds 3 --out runs/lora
 
 Each client holds another domain (Python sources, licences, tables, C headers) and finetunes an adapter on a small
 byte-level model that is pretrained here, anew for each seed: 2 layers of width 64, 140 thousand parameters. What is
