@@ -37,7 +37,7 @@ PILOT_ONE_SHOT = {
 PILOT_ROUNDS = {"centralised": 97.7, "iso_c": 96.6, "FedAvgM, tuned": 90.0, "FedAvg": 82.0}
 """Accuracies in % that an earlier pilot, with a base and a network of its own, led to expect."""
 
-STUDIES = ("one_shot", "rounds", "attackers", "negation", "lora")
+STUDIES = ("one_shot", "rounds", "attackers", "negation", "lora", "structure")
 ROOT = Path(__file__).resolve().parents[1]
 
 
