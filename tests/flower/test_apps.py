@@ -105,11 +105,12 @@ def legacy_app(fail_partition=None):
 @pytest.mark.parametrize(("fail_partition", "step"), [(None, 1.5), (3, 1.0)])
 def test_server_fn_and_numpyclient(fail_partition, step):
     app, results = legacy_app(fail_partition)
+    threads = set(threading.enumerate())  # other tests' libraries may keep some
     start = time.perf_counter()
     run_app(app, nodes=4)
     assert time.perf_counter() - start < 2.0
     assert [results[i] for i in (0, 1, 2)] == [pytest.approx([i * step] * 3) for i in (0, 1, 2)]
-    assert threading.active_count() == 1
+    assert set(threading.enumerate()) <= threads
 
 
 def test_what_the_server_app_raises_comes_out_and_a_wrapped_grid_goes_in():
