@@ -90,7 +90,8 @@ def test_numbers_as_people_write_them(load, text, number):
 
 @pytest.mark.parametrize("text", ["1e5x", "e5", "1e", "0x1e5g"])
 def test_text_that_only_looks_like_a_number_stays_text(load, text):
-    with pytest.raises(RecipeError, match=rf"parameter 'density' of ties: found '{text}', wanted a number in \(0, 1\]"):
+    wanted = r"a number in \(0, 1\] or a mapping from text to a number in \(0, 1\]"
+    with pytest.raises(RecipeError, match=rf"parameter 'density' of ties: found '{text}', wanted {wanted}$"):
         load(f"merge_method: ties\nparameters: {{density: {text}}}")
 
 

@@ -5,8 +5,9 @@ A model is a state dict, `dict[str, Tensor]`; nothing here keeps or changes one 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 
 import torch
@@ -94,18 +95,30 @@ def train(
     # Four lines instead of torch.optim.SGD, whose first use costs each worker process well over a second of imports.
     parameters = [weight for name, weight in trained.named_parameters() if only is None or name in only]
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
-    for _ in range(epochs):
-        for batch in torch.randperm(len(examples), generator=draws).split(batch_size):
-            if steps == max_steps:
-                break
-            loss = functional.cross_entropy(trained(examples.images_BHW[batch]), examples.labels_B[batch])
-            gradients = torch.autograd.grad(loss, parameters)
-            with torch.no_grad():
-                for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
-                    velocity.mul_(MOMENTUM).add_(gradient)
-                    parameter.sub_(velocity, alpha=learning_rate)
-            steps += 1
+    with _one_thread():
+        for _ in range(epochs):
+            for batch in torch.randperm(len(examples), generator=draws).split(batch_size):
+                if steps == max_steps:
+                    break
+                loss = functional.cross_entropy(trained(examples.images_BHW[batch]), examples.labels_B[batch])
+                gradients = torch.autograd.grad(loss, parameters)
+                with torch.no_grad():
+                    for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
+                        velocity.mul_(MOMENTUM).add_(gradient)
+                        parameter.sub_(velocity, alpha=learning_rate)
+                steps += 1
     return {name: tensor.detach() for name, tensor in trained.state_dict().items()}
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On some processors matrix products round by the number of threads; here the seed alone is to decide."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def steps_an_epoch(num_examples: int, batch_size: int = BATCH_SIZE) -> int:
