@@ -190,6 +190,7 @@ class Products:
             there is one (`lora_residual`).
         keeps: the rank to which a sum of products is cut, where that is all that the method does: the sum can then be
             kept while adapters come in (`fl_merge.running_products`).
+        sends: what clients send beside their adapters, as in `MethodEntry`.
     """
 
     mergers: Callable[[Sequence[Module]], Mapping[str, Merger]]
@@ -197,6 +198,7 @@ class Products:
     exchange: Exchange = Exchange()
     second: Callable[[Module, int], Merger] | None = None
     keeps: int | None = None
+    sends: tuple[str, ...] = ()
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """A, B and the report of each module, then the other tensors.

@@ -91,7 +91,7 @@ def planned(method: MergeMethod, spec: CohortSpec, shapes: dict[str, tuple[int, 
     """The outputs of a method for matrices of these shapes, by name.
 
     Raises:
-        RecipeError: if it needs more than the clients' deltas (statistics, other names), or surveys the whole model.
+        RecipeError: if it needs more than the clients' deltas (other names), or surveys the whole model.
     """
     tensors = {name: TensorSpec(shape, torch.float32) for name, shape in shapes.items()}
     inner = replace(spec, tensors=tensors, clients_N=(), statistics={})
@@ -104,13 +104,22 @@ def planned(method: MergeMethod, spec: CohortSpec, shapes: dict[str, tuple[int, 
                 f"lora_merge: {method} cannot run on the products of adapters; wanted a method that merges deltas "
                 "alone, such as ties"
             )
-        surveys = isinstance(compute, Coordinate) and (compute.survey or compute.surveys or compute.gram)
-        if surveys and isinstance(compute, Coordinate) and compute.scope == "model":
-            raise RecipeError(
-                f"lora_merge: {method} surveys the whole model, whose products are never in memory at once; wanted "
-                "scope='tensor'"
-            )
+        require_products(method, compute)
     return found
+
+
+def require_products(method: object, compute: object) -> None:
+    """Refuse an elementwise method that surveys the whole model.
+
+    Raises:
+        RecipeError: naming the method.
+    """
+    surveys = isinstance(compute, Coordinate) and (compute.survey or compute.surveys or compute.gram)
+    if surveys and isinstance(compute, Coordinate) and compute.scope == "model":
+        raise RecipeError(
+            f"lora_merge: {method} surveys the whole model, whose products are never in memory at once; wanted "
+            "one that goes tensor by tensor (scope='tensor')"
+        )
 
 
 def merged(output: Output, spec: CohortSpec, shape: tuple[int, int], deltas_P: Sequence[Factors | Tensor]) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 from fl_merge.adapters.config import AdapterConfig, merged_config
 from fl_merge.adapters.folder import MANIFEST, Adapter, write_adapter
 from fl_merge.adapters.source import fused
-from fl_merge.check import check_finite
+from fl_merge.check import check_finite, check_metrics
 from fl_merge.errors import MergeError, RecipeError, UpdateError
 from fl_merge.execute import execute, worker_pool
 from fl_merge.lowrank import RESIDUAL, SCALINGS, Pair, pairs_of, parted, relative_error
 from fl_merge.merging import shares
-from fl_merge.method import METHODS, as_method
+from fl_merge.method import METHODS, as_method, sends
 from fl_merge.store import MemorySink
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update
 
@@ -124,6 +124,7 @@ def merge_adapters(
     weights: Sequence[float] | Mapping[str, float] | None = None,
     seed: int = 0,
     *,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
     threads: int | None = None,
 ) -> MergedAdapter:
     """Merge adapters into one.
@@ -133,6 +134,7 @@ def merge_adapters(
         adapters: a list (they are then called by their folders, or "0", "1", ... where two have one name) or by name.
         weights: one positive number an adapter, in the same form; equal shares if left out.
         seed: of the draws of methods that draw.
+        metrics: what each client reported, by name, for methods that need it (`fednova`: `local-steps`).
         threads: as for `execute`.
 
     Raises:
@@ -151,7 +153,13 @@ def merge_adapters(
         raise RecipeError("there is nothing to merge: no adapter")
     named = dict(adapters) if isinstance(adapters, Mapping) else _named(adapters)
     share = shares(list(named), weights)
-    updates = tuple(Update(name, share[name], each.plain, _scalings(each)) for name, each in named.items())
+    said = {name: {**(metrics or {}).get(name, {}), **_scalings(each)} for name, each in named.items()}
+    updates = tuple(Update(name, share[name], each.plain, said[name]) for name, each in named.items())
+    for update in updates:
+        try:
+            check_metrics(update.metrics, sends(chosen))
+        except UpdateError as error:
+            raise error.of_client(update.client_id) from None
     cohort = Cohort(
         _Template([named[update.client_id] for update in Cohort(_Nothing(), updates).updates]), updates, seed
     )

@@ -9,7 +9,7 @@ from fl_merge.errors import RecipeError
 from fl_merge.hyperparameters import Range
 from fl_merge.lowrank import Exchange, Merger, Missing, Module, Products
 from fl_merge.method import Method, build, find, merge_method
-from fl_merge.on_products import merged, planned
+from fl_merge.on_products import merged, planned, require_products
 from fl_merge.ops.lowrank import Compressed, Factors, compress, core_basis, gram, knots_basis, stack
 from fl_merge.shapes import Span, WeightedSum
 from fl_merge.types import CohortSpec, Output
@@ -52,14 +52,16 @@ def lora_merge(
         missing: "zero": a client that does not have a module takes part with a product of zeros; "renormalise": its
             weight is shared among the others.
 
+    Refused by name: methods that need statistics of the clients' data (`fisher`, `regmean`) or survey the whole model
+    (`bulyan`, `ties` with scope "model").
+
     PEFT's `ties` prunes and elects on A and B separately, which is not TIES on what the adapters do; its `ties_svd`
     is `full`.
     """
     inner = method if isinstance(method, Method) else _built(method, settings)
     if isinstance(method, Method) and settings:
         raise RecipeError(f"parameter 'settings' of lora_merge: found {dict(settings)!r}, wanted none beside {method}")
-    if find(inner.name).merges != "models":
-        raise RecipeError(f"parameter 'method' of lora_merge: found '{inner.name}', wanted a method for models")
+    sends = _sends(inner)
 
     def prepare(modules: Sequence[Module]) -> dict[str, Merger]:
         cohorts: dict[tuple[str, ...], list[Module]] = {}
@@ -101,7 +103,7 @@ def lora_merge(
 
         return Merger(most, merge, (lambda everything: sums.measure(compute, everything)) if whole else None)
 
-    return Products(prepare, missing, Exchange())
+    return Products(prepare, missing, Exchange(), sends=sends)
 
 
 class _ModelSums:
@@ -131,6 +133,21 @@ def _built(name: str, settings: Mapping[str, Any] | None) -> Method:
         return build(name, **(settings or {}))
     except RecipeError as error:
         raise RecipeError(f"parameter 'method' of lora_merge: {error}") from None
+
+
+def _sends(inner: Method) -> tuple[str, ...]:
+    """What clients send for a method beside their adapters, if it can run on the products of adapters at all."""
+    entry = find(inner.name)
+    if entry.merges != "models":
+        raise RecipeError(f"parameter 'method' of lora_merge: found '{inner.name}', wanted a method for models")
+    of_tensors = [kind for kind in entry.sends if kind != "steps"]
+    if of_tensors:
+        raise RecipeError(
+            f"parameter 'method' of lora_merge: found '{inner.name}', which needs clients' statistics "
+            f"({', '.join(of_tensors)}) of a model's own tensors; wanted one that merges deltas alone, such as ties"
+        )
+    require_products(inner, inner.shape)
+    return entry.sends
 
 
 def _tensor(module: Module) -> str:

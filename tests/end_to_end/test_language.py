@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fl_merge.cli import app as command
 from fl_merge.flower.apps import load_app, run_app
 from fl_merge.store import load
-from flower_processes import SuperLink
+from flower_processes import FlowerHome
 from language_clients import base, lora
 from language_clients.settings import Settings
 
@@ -95,22 +95,23 @@ def test_in_process_by_the_command(config: Config, tmp_path: Path, threads: None
 
 @pytest.mark.end_to_end
 @pytest.mark.slow  # every message starts a process that loads transformers
-def test_on_a_superlink_with_two_supernodes(
-    superlink: SuperLink, config: Config, tmp_path: Path, threads: None
+def test_on_a_superlink_with_three_supernodes(
+    flower: FlowerHome, config: Config, tmp_path: Path, threads: None
 ) -> None:
-    """Clients of ranks 4 and 16, and a global adapter of rank 8: one is sent less of it, and one more.
+    """Clients of ranks 4, 8 and 16 round a global adapter of rank 8: one is sent less of it, and one is filled up.
 
     The adapter is the one that a run in this process gives, but for what other threads and another order of clients
     make of rounding, and nobody evaluating.
     """
-    config = {**config, "adapter-rank": "4,16", "adapter-alpha": "8,16", "parameters": "{rank: 8}"}
-    base.folder(Settings.read(config))  # once, before three processes want it
+    config = {**config, "adapter-rank": "4,8,16", "adapter-alpha": "8,16,64", "parameters": "{rank: 8}"}
+    base.folder(Settings.read(config))  # once, before four processes want it
     there = {**config, "fraction-evaluate": 0.0, "run-folder": str(tmp_path / "run")}
-    run = superlink.home.flwr_run(APP, superlink.connection, run_config=there, timeout=500.0)
+    with flower.federation(nodes=3) as superlink:
+        run = flower.flwr_run(APP, superlink.connection, run_config=there, timeout=500.0)
     assert run.status == "finished:completed", run.log
-    check(tmp_path / "run", rank=8, clients=2)
+    check(tmp_path / "run", rank=8, clients=3)
 
-    run_app(load_app(APP), nodes=2, workers=0, run_config={**config, "run-folder": str(tmp_path / "here")})
+    run_app(load_app(APP), nodes=3, workers=0, run_config={**config, "run-folder": str(tmp_path / "here")})
     adapter, here = load(tmp_path / "run"), load(tmp_path / "here")
     assert adapter.keys() == here.keys()
     for name in adapter:
