@@ -53,6 +53,22 @@ def exchange_of(method: MergeMethod) -> Exchange | None:
     return found if isinstance(found, Exchange) else None
 
 
+def require_apart(specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse the factors of fused experts as PEFT has them, which lie across each other and are no product.
+
+    Their names give them away: PEFT wraps the module whose parameters they are, twice where two are adapted.
+
+    Raises:
+        RecipeError: naming the module.
+    """
+    for module in pairs_of(specs)[0]:
+        if module.endswith((".experts", ".base_layer")):
+            raise RecipeError(
+                f"module '{module}': the factors of fused experts in one; wanted each expert's for itself, "
+                "as fl_merge.adapters.experts_apart gives them"
+            )
+
+
 @dataclass(frozen=True)
 class Form:
     """The form in which a client has its adapter.

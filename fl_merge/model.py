@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fl_merge.codecs import DTYPES, blank
 from fl_merge.errors import MergeError, RecipeError
-from fl_merge.exchange import exchange_of
+from fl_merge.exchange import exchange_of, require_apart
 from fl_merge.execute import MergeReport, execute, merged_specs
 from fl_merge.lowrank import RESIDUAL, absent_modules, parted, relative_error
 from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
@@ -101,6 +101,7 @@ class GlobalModel:
         if exchange_of(method) is not None:
             if tied:
                 raise RecipeError(f"tied: {method} merges adapters, whose factors are not tied")
+            require_apart(specs)
         elif planned is not None and planned != specs:
             changed = next(name for name in [*planned, *specs] if planned.get(name) != specs.get(name))
             raise RecipeError(f"{method} changes the model's tensors ('{changed}'), which a run cannot carry on with")

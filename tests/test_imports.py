@@ -94,6 +94,7 @@ MAY_IMPORT = {
         "errors",
     },
     "adapters": {
+        "architectures",
         "lowrank",
         "ops.lowrank",
         "merging",

@@ -5,6 +5,7 @@ from fl_merge.adapters.folder import TENSORS as ADAPTER_FILE
 from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter, require_free
 from fl_merge.adapters.folding import FoldedSource, fold
 from fl_merge.adapters.merging import MergedAdapter, merge_adapters, plain_adapter
+from fl_merge.adapters.source import experts_apart, experts_together
 
 __all__ = [
     "ADAPTER_FILE",
@@ -12,6 +13,8 @@ __all__ = [
     "AdapterConfig",
     "FoldedSource",
     "MergedAdapter",
+    "experts_apart",
+    "experts_together",
     "fold",
     "is_adapter",
     "load_adapter",

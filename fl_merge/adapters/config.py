@@ -13,6 +13,10 @@ from fl_merge.errors import RecipeError
 PREFIX = "base_model.model."
 """Before the name of each module in an adapter's file."""
 
+NUMBERED = re.compile(r"\.experts\.\d+\.")
+"""In the names of experts that are modules of their own, as before transformers 5: they are fused when such an adapter
+is loaded, for which PEFT wants one rank of all of them."""
+
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that change the base model's weights: the product is then no delta to the model that others have."""
 
@@ -170,7 +174,8 @@ def merged_config(
     else:
         raw.pop("exclude_modules", None)
         raw["target_modules"] = sorted(module.removeprefix(PREFIX) for module in modules)
-    rank = ranks[min(parameters)] if parameters else _commonest(list(ranks.values()))
+    experts = parameters or {module for module in ranks if NUMBERED.search(module)}  # all of one rank
+    rank = ranks[min(experts)] if experts else _commonest(list(ranks.values()))
     others = {module.removeprefix(PREFIX): ranks[module] for module in modules if ranks[module] != rank}
     # The longer first: a name that is the end of another's would match that too.
     pattern = {name: others[name] for name in sorted(others, key=lambda name: (-len(name), name))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fl_merge.adapters.config import PREFIX, AdapterConfig
+from fl_merge.adapters.experts import EXPERT
 from fl_merge.adapters.merging import plain_adapter
+from fl_merge.errors import RecipeError
 from fl_merge.lowrank import RESIDUAL, pairs_of
 from fl_merge.types import TensorSpec
 
@@ -29,6 +31,24 @@ def described(about: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def require_parameters(names: Iterable[str], about: Mapping[str, Any]) -> None:
+    """Refuse fused experts without the names of the parameters that they are: PEFT could not load what comes of them.
+
+    Args:
+        names: of the tensors of the adapter that a run starts from.
+        about: as for `described`.
+
+    Raises:
+        RecipeError: naming a tensor.
+    """
+    for name in names:
+        if EXPERT.fullmatch(name.partition(".lora_")[0]) and not about.get("target_parameters"):
+            raise RecipeError(
+                f"tensor '{name}' is of a fused expert, and adapter_config has no target_parameters; wanted what "
+                "clients have, such as ['experts.gate_up_proj', 'experts.down_proj']"
+            )
+
+
 def write_global(
     folder: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> None:
@@ -45,6 +65,6 @@ def write_global(
         MergeError: if it cannot be written.
     """
     main = {name: TensorSpec.of(tensor) for name, tensor in tensors.items() if not name.startswith(RESIDUAL)}
-    modules = sorted(module.removeprefix(PREFIX) for module in pairs_of(main)[0])
+    modules = sorted(module.removeprefix(PREFIX) for module in pairs_of(main)[0] if not EXPERT.fullmatch(module))
     found = plain_adapter(tensors, {**config, "target_modules": config.get("target_modules") or modules})
     replace(found, manifest={**found.manifest, **manifest}).save(folder)

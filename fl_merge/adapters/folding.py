@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fl_merge.adapters.config import PREFIX, AdapterConfig
+from fl_merge.adapters.experts import EXPERT, Part, expert_parts
 from fl_merge.adapters.folder import Adapter
 from fl_merge.errors import RecipeError
 from fl_merge.execute import MergeReport, execute
@@ -53,7 +55,8 @@ def fold(
         max_shard_bytes: as for `SafetensorsSink`.
 
     Raises:
-        RecipeError: if the base is quantised, or does not have a module's weight, or has it in another shape.
+        RecipeError: if the base is quantised, or does not have a module's weight, or has it in another shape; for
+            fused experts, if it is not known how the base's family stores them.
         MergeError: if a value does not fit the dtype, or the folder cannot be written.
     """
     given = [adapters] if isinstance(adapters, Adapter) else list(adapters)
@@ -61,7 +64,7 @@ def fold(
     refuse_quantised(source.specs(), Path(base))
     updates = tuple(Update(str(at), 1.0, adapter.plain) for at, adapter in enumerate(given))
     report = execute(
-        _Fold([adapter.config for adapter in given], dtype),
+        _Fold([adapter.config for adapter in given], dtype, _config_of(Path(base))),
         Cohort(source, updates),
         SafetensorsSink(folder, max_shard_bytes=max_shard_bytes),
     )
@@ -75,17 +78,11 @@ def refuse_quantised(specs: Mapping[str, TensorSpec], base: Path) -> None:
     Raises:
         RecipeError: naming the tensor, or the configuration's entry.
     """
-    config = base / "config.json" if base.is_dir() else base.parent / "config.json"
-    if config.is_file():
-        try:
-            found = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-        except (ValueError, AttributeError):
-            found = None
-        if found:
-            raise RecipeError(
-                f"'{base}' is quantised (quantization_config in its config.json): an adapter cannot be folded into it; "
-                "carry it as an adapter"
-            )
+    if (_config_of(base) or {}).get("quantization_config"):
+        raise RecipeError(
+            f"'{base}' is quantised (quantization_config in its config.json): an adapter cannot be folded into it; "
+            "carry it as an adapter"
+        )
     for name, spec in specs.items():
         narrow = spec.dtype.itemsize == 1 and (spec.is_floating or (name.endswith(".weight") and len(spec.shape) > 1))
         if narrow or name.rpartition(".")[2] in _QUANTISED:
@@ -95,35 +92,51 @@ def refuse_quantised(specs: Mapping[str, TensorSpec], base: Path) -> None:
             )
 
 
+def _config_of(base: Path) -> Mapping[str, Any] | None:
+    """The config.json beside a model's weights; None if there is none."""
+    path = base / "config.json" if base.is_dir() else base.parent / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 @dataclass(frozen=True)
 class _Places:
     """Where an adapter belongs in a model.
 
     Args:
-        products: by the name of a weight, the pair of factors, and whether the weight is stored the other way round.
+        products: by the name of a weight, what is added to it: of fused experts one part each.
         whole: by the name of a tensor, that of the adapter which takes its place (modules_to_save, biases).
     """
 
-    products: Mapping[str, tuple[Pair, bool]]
+    products: Mapping[str, Sequence[Part]]
     whole: Mapping[str, str]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, TensorSpec], theirs: Mapping[str, TensorSpec], config: AdapterConfig) -> _Places:
-        """Of an adapter with these plain tensors in a model with those.
+    def of(
+        cls,
+        tensors: Mapping[str, TensorSpec],
+        theirs: Mapping[str, TensorSpec],
+        config: AdapterConfig,
+        model: Mapping[str, Any] | None,
+    ) -> _Places:
+        """Of an adapter with these plain tensors in a model with those, and with that config.json.
 
         Raises:
             RecipeError: if the model has no such weight, or one of another shape.
         """
         pairs, others = pairs_of(theirs)
-        products, whole = {}, {}
+        experts = [pair for pair in pairs.values() if EXPERT.fullmatch(pair.module)]
+        parameters = config.raw.get("target_parameters") or ()
+        products: dict[str, Sequence[Part]] = {**expert_parts(experts, tensors, parameters, model)}
+        whole = {}
         for pair in pairs.values():
-            if pair.module.endswith("]"):
-                raise RecipeError(
-                    f"module '{pair.module}': fused experts cannot be folded without the model's code, which says how "
-                    "they lie in memory; carry the adapter, or merge_and_unload() it with PEFT"
-                )
+            if pair in experts:
+                continue
             name = _found(tensors, pair.module.removeprefix(PREFIX) + ".weight", pair.module)
-            products[name] = pair, _turned(config, pair, name, tensors[name])
+            products[name] = [Part(pair, _turned(config, pair, name, tensors[name]))]
         for other in others:
             name = _found(tensors, other.removeprefix(PREFIX).replace(".base_layer.", "."), other)
             if theirs[other].shape != tensors[name].shape:
@@ -137,23 +150,26 @@ class _Places:
 class _Fold:
     """The plan: each weight that has an adapter with its products added, all others as they are."""
 
-    def __init__(self, configs: Sequence[AdapterConfig], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, configs: Sequence[AdapterConfig], dtype: torch.dtype | None, model: Mapping[str, Any] | None
+    ) -> None:
         self._configs = configs
         self._dtype = dtype
+        self._model = model
 
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         each = [
-            _Places.of(spec.tensors, theirs, config)
+            _Places.of(spec.tensors, theirs, config, self._model)
             for theirs, config in zip(spec.clients_N, self._configs, strict=True)
         ]
         for name, tensor in spec.tensors.items():
             target = tensor if self._dtype is None else TensorSpec(tensor.shape, self._dtype)
-            added = [(at, *places.products[name]) for at, places in enumerate(each) if name in places.products]
+            added = [(at, part) for at, places in enumerate(each) for part in places.products.get(name, ())]
             whole = [(at, places.whole[name]) for at, places in enumerate(each) if name in places.whole]
             start = Read(*whole[-1]) if whole else Read(BASE, name)
             if added:
-                reads = [Read(at, factor) for at, pair, _ in added for factor in (pair.a, pair.b)]
-                yield Output(name, target, (start, *reads), Whole(_adder([turned for _, _, turned in added])))
+                reads = [Read(at, factor) for at, part in added for factor in (part.pair.a, part.pair.b)]
+                yield Output(name, target, (start, *reads), Whole(_adder([part for _, part in added])))
             elif whole:
                 yield Output(name, target, (start,), Whole(lambda each: each.to(compute_dtype(each.dtype))))
             else:
@@ -175,7 +191,7 @@ class FoldedSource:
     def __init__(self, base: TensorSource, adapter: Adapter, where: Path) -> None:
         refuse_quantised(base.specs(), where)
         self._base, self._adapter = base, adapter
-        self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config)
+        self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config, _config_of(where))
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """As the model's."""
@@ -188,8 +204,9 @@ class FoldedSource:
         dtype = self._base.specs()[name].dtype
         if name not in self._places.products:
             return base.to(dtype)
-        pair, turned = self._places.products[name]
-        return _adder([turned])(base, self._adapter.plain.read(pair.a), self._adapter.plain.read(pair.b)).to(dtype)
+        parts = self._places.products[name]
+        factors = [self._adapter.plain.read(factor) for part in parts for factor in (part.pair.a, part.pair.b)]
+        return _adder(parts)(base, *factors).to(dtype)
 
     def aliases(self) -> Mapping[str, str]:
         """As the model's."""
@@ -214,21 +231,38 @@ def _turned(config: AdapterConfig, pair: Pair, name: str, tensor: TensorSpec) ->
 
 
 def _found(tensors: Mapping[str, TensorSpec], name: str, module: str) -> str:
-    """The base's name of a tensor: checkpoints of a bare model lack the first part ("transformer.")."""
-    for candidate in (name, name.partition(".")[2], f"model.{name}"):
+    """The base's name of a tensor: checkpoints of a bare model lack the first part ("transformer."), and those of
+    Mixtral say `block_sparse_moe` of what is `mlp` in memory."""
+    for candidate in (name, name.partition(".")[2], f"model.{name}", name.replace(".mlp.", ".block_sparse_moe.")):
         if candidate in tensors:
             return candidate
     raise RecipeError(f"module '{module}': the base has no tensor '{name}'")
 
 
-def _adder(turned: Sequence[bool]) -> Callable[..., Tensor]:
+def _adder(parts: Sequence[Part]) -> Callable[..., Tensor]:
+    """From a tensor of the base, and the A and B of each part, to the tensor with the products added, in float64."""
+
+    def product(number: int, theirs: Sequence[Tensor]) -> Tensor:
+        b_OR, a_RI = factors(theirs[2 * number], theirs[2 * number + 1])
+        part = parts[number]
+        made = (b_OR if part.rows is None else b_OR[part.rows]) @ a_RI
+        return made.T if part.turned else made
+
     def added(base: Tensor, *theirs: Tensor) -> Tensor:
-        total = base.to(torch.float64)
-        for number, turn in enumerate(turned):
-            b_OR, a_RI = factors(theirs[2 * number], theirs[2 * number + 1])
-            product = b_OR @ a_RI
-            total = total + (product.T if turn else product).reshape(base.shape)
-        return total.to(compute_dtype(base.dtype))
+        wide = compute_dtype(base.dtype)
+        experts = sorted({part.expert for part in parts if part.expert is not None})
+        if experts:  # one at a time, or all of them would be in memory in float64
+            total = base.to(wide, copy=True)
+            for expert in experts:
+                whole = base[expert].to(torch.float64)
+                for number in (at for at, part in enumerate(parts) if part.expert == expert):
+                    whole = whole + product(number, theirs)
+                total[expert] = whole.to(wide)
+            return total
+        whole = base.to(torch.float64)
+        for number in range(len(parts)):
+            whole = whole + product(number, theirs).reshape(base.shape)
+        return whole.to(wide)
 
     return added
 

@@ -8,19 +8,19 @@ Suffixes: E experts, R rank, O outputs, I inputs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fl_merge.adapters.config import AdapterConfig
+from fl_merge.adapters.config import NUMBERED, AdapterConfig
+from fl_merge.adapters.experts import EXPERT
 from fl_merge.errors import MergeError, TensorMismatchError
 from fl_merge.lowrank import Pair, pairs_of
+from fl_merge.store import MemorySource
 from fl_merge.types import TensorSource, TensorSpec, compute_dtype
-
-_EXPERT = re.compile(r"(.*)\[(\d+)\]$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class PlainAdapter:
         """Names, shapes and dtypes; factors in the dtype in which they are merged."""
         return self._specs
 
-    def read(self, name: str) -> Tensor:
-        """A tensor; of a B, times the module's scaling."""
+    def read(self, name: str, *, scaled: bool = True) -> Tensor:
+        """A tensor; of a B, times the module's scaling unless that is not wanted."""
         place = self._places[name]
         tensor = self._tensors.read(place.name)
         if name not in self._specs or not tensor.dtype.is_floating_point:
@@ -103,7 +103,11 @@ class PlainAdapter:
         if place.experts > 1:
             tensor = _expert_of(tensor, place)
         wide = tensor.to(self._specs[name].dtype)
-        return wide * place.factor if place.factor != 1.0 else wide
+        return wide * place.factor if scaled and place.factor != 1.0 else wide
+
+    def stored(self, name: str) -> str:
+        """The name of the tensor in the file of which this one is a part, or the whole."""
+        return self._places[name].name
 
     def aliases(self) -> Mapping[str, str]:
         """None: an adapter's file stores each tensor once."""
@@ -116,8 +120,33 @@ def _expert_of(tensor: Tensor, place: _Place) -> Tensor:
     return tensor.reshape(place.experts, -1, tensor.shape[-1])[place.expert]
 
 
+def experts_apart(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An adapter in which each of fused experts is a module of its own, `x[e]`, as a server of a federation merges it.
+
+    PEFT's factors of fused experts lie across each other: their B A is no product of anybody's. Other tensors, and
+    scalings, stay as they are.
+
+    Args:
+        tensors: as `get_peft_model_state_dict` gives them.
+        config: the adapter's, such as `model.peft_config["default"].to_dict()`.
+
+    Raises:
+        RecipeError: for an adapter that cannot be merged.
+        TensorMismatchError: for tensors that do not fit the configuration.
+    """
+    source = MemorySource(tensors)
+    plain = PlainAdapter(AdapterConfig.read(config, "adapter"), source)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    return {name: plain.read(name, scaled=False).to(dtypes[plain.stored(name)]) for name in plain.specs()}
+
+
+def experts_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter as PEFT has it, from one whose experts are modules of their own (`experts_apart`)."""
+    return fused(tensors)[0]
+
+
 def fused(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int], set[str]]:
-    """Plain tensors in PEFT's form: experts put together again, all of one rank.
+    """Plain tensors in PEFT's form: experts put together again, and all experts of one rank.
 
     Returns:
         The tensors, each module's rank, and which of the modules are fused experts.
@@ -125,23 +154,32 @@ def fused(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, i
     pairs, others = pairs_of({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
     found = {name: tensors[name] for name in others}
     ranks, groups = {}, dict[str, dict[int, Pair]]()
+    numbered = max((pair.rank for module, pair in pairs.items() if NUMBERED.search(module)), default=0)
     for module, pair in pairs.items():
-        match = _EXPERT.fullmatch(module)
+        match = EXPERT.fullmatch(module)
         if match is not None:
             groups.setdefault(match[1], {})[int(match[2])] = pair
             continue
-        ranks[module] = pair.rank
-        found[pair.a], found[pair.b] = tensors[pair.a], tensors[pair.b]
+        ranks[module] = numbered if NUMBERED.search(module) else pair.rank
+        found[pair.a], found[pair.b] = _padded(tensors[pair.a], tensors[pair.b], ranks[module])
     widest = max((pair.rank for group in groups.values() for pair in group.values()), default=0)
     for module, group in groups.items():
         every_a, every_b = [], []
         for number in sorted(group):
-            a, b = tensors[group[number].a], tensors[group[number].b]
-            every_a.append(torch.cat([a, a.new_zeros(widest - a.shape[0], a.shape[1])]))
-            every_b.append(torch.cat([b, b.new_zeros(b.shape[0], widest - b.shape[1])], dim=1))
+            a, b = _padded(tensors[group[number].a], tensors[group[number].b], widest)
+            every_a.append(a)
+            every_b.append(b)
         pair = group[min(group)]
         found[module + pair.a.removeprefix(pair.module)] = torch.cat(every_a)
         b_ORE = torch.stack(every_b, dim=2)
         found[module + pair.b.removeprefix(pair.module)] = b_ORE.reshape(b_ORE.shape[0], -1)
         ranks[module] = widest
     return found, ranks, set(groups)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product in factors of a larger rank."""
+    more = rank - a.shape[0]
+    if not more:
+        return a, b
+    return torch.cat([a, a.new_zeros(more, *a.shape[1:])]), torch.cat([b, b.new_zeros(b.shape[0], more)], dim=1)

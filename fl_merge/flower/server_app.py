@@ -198,8 +198,6 @@ def _initial_model(where: str) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         raise RecipeError("run config, 'initial-model': found nothing, wanted a safetensors file or 'module:function'")
     if is_adapter(where):
         adapter = load_adapter(where)
-        if adapter.plain.experts:
-            raise RecipeError(f"run config, 'initial-model': '{where}' adapts fused experts, which a run cannot merge")
         plain = {name: adapter.plain.read(name) for name in adapter.plain.specs()}
         return {name: t.to(adapter.dtype) if ".lora_" in name else t for name, t in plain.items()}, adapter.config.raw
     module, colon, function = where.partition(":")

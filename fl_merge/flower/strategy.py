@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fl_merge.adapters.federated import require_parameters
 from fl_merge.check import MAX_NUM_EXAMPLES
 from fl_merge.errors import RecipeError
 from fl_merge.exchange import exchange_of
@@ -235,6 +236,7 @@ class FedMerge(Strategy):
         logger.info("Starting %s, rounds %d to %d:", type(self).__name__, first, num_rounds)
         self.summary()
         if exchange_of(self.method) is not None:
+            require_parameters(self._carried.model.sent, self.adapter_config)
             self._tell(lambda watcher: watcher.adapter_described(self.adapter_config))
         for watcher in self._watchers():
             if first == 1:

@@ -47,6 +47,54 @@ def mixture() -> nn.Module:
     return MixtralForCausalLM(config)
 
 
+def qwen3_mixture() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=53,
+        hidden_size=16,
+        moe_intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss() -> nn.Module:
+    """Its experts are stored fused and the other way round; as in the real one, that of `down` are square."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=53,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    return GptOssForCausalLM(config)
+
+
+def switch() -> nn.Module:
+    """Of the mixtures whose experts transformers keeps as linear modules."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=53, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_decoder_layers=1, num_heads=2, num_experts=3
+    )
+    return SwitchTransformersForConditionalGeneration(config)
+
+
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -63,6 +111,7 @@ def convolutions() -> nn.Module:
     return Convolutions()
 
 
+FUSED = ["experts.gate_up_proj", "experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 KINDS = {
@@ -71,10 +120,8 @@ KINDS = {
     "conv": (convolutions, {"target_modules": ["first", "second"], "modules_to_save": ["head"]}),
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "mixed": (llama, {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 6, "layers.1.mlp.down_proj": 3}}),
-    "experts": (
-        mixture,
-        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-    ),
+    "experts": (mixture, {"target_modules": ["q_proj"], "target_parameters": FUSED}),
+    "each expert": (switch, {"target_modules": ["q", "wi", "wo"], "rank_pattern": {"expert_1.wi": 6}}),
 }
 """A model and what of it is adapted."""
 
@@ -101,20 +148,3 @@ def deltas(build, folder: Path) -> dict[str, torch.Tensor]:
     model = model.double()
     merged = {name: p.detach() for name, p in model.merge_and_unload().named_parameters()}
     return {name: merged[name] - base[name] for name in base if not torch.equal(merged[name], base[name])}
-
-
-def weighted(parts: list[dict[str, torch.Tensor]], weights: list[float]) -> dict[str, torch.Tensor]:
-    """The weighted sum of what adapters add; absent parameters are zeros."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {
-        name: sum(weight * part[name] for part, weight in zip(parts, weights, strict=True) if name in part)
-        for name in names
-    }
-
-
-def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The relative Frobenius distance over all parameters."""
-    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
-    apart = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
-    whole = sum(float(tensor.double().square().sum()) for tensor in wanted.values())
-    return (apart / whole) ** 0.5

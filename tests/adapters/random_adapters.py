@@ -41,15 +41,21 @@ def of_adapter(adapter):
     return products({name: adapter.plain.read(name) for name in adapter.plain.specs()})
 
 
-def combined(adapters, shares):
+def weighted(parts, weights):
+    """The weighted sum of what adapters add, by module or parameter; what one does not have is zeros."""
     found: dict = {}
-    for adapter, share in zip(adapters, shares, strict=True):
-        for module, product in of_adapter(adapter).items():
-            found[module] = found.get(module, 0) + share * product
+    for part, weight in zip(parts, weights, strict=True):
+        for name, product in part.items():
+            found[name] = found.get(name, 0) + weight * product
     return found
 
 
+def combined(adapters, shares):
+    return weighted([of_adapter(adapter) for adapter in adapters], shares)
+
+
 def distance(found, wanted):
-    assert found.keys() == wanted.keys()
-    apart = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
-    return (apart / sum(float(tensor.square().sum()) for tensor in wanted.values())) ** 0.5
+    """The relative Frobenius distance over all modules or parameters."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    apart = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+    return (apart / sum(float(tensor.double().square().sum()) for tensor in wanted.values())) ** 0.5

@@ -5,29 +5,9 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from peft_models import deltas, distance, gpt2, llama, make_adapter, weighted
+from peft_models import deltas, gpt2, llama, make_adapter
+from random_adapters import distance, weighted
 from safetensors.torch import load_file
-
-from fl_merge import cli
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fl-merge", *arguments])
-        capsys.readouterr()  # what making the models has printed
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return call
 
 
 def two(tmp_path, construct, **settings):

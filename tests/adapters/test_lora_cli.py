@@ -7,13 +7,9 @@ import torch
 from random_adapters import config, tensors
 from safetensors.torch import load_file, save_file
 
-from fl_merge import cli
-
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+def folders(tmp_path):
     for number, rank in enumerate((4, 8)):
         folder = tmp_path / f"client{number}"
         folder.mkdir()
@@ -22,53 +18,42 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["fl-merge", *arguments])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
-
-
-def test_stack_svd_inspect(folders, monkeypatch, capsys):
-    code, text = run(monkeypatch, capsys, "lora", "stack", "client0", "client1", "--out", "stacked")
+def test_stack_svd_inspect(folders, run):
+    code, text = run("lora", "stack", "client0", "client1", "--out", "stacked")
     assert (code, text) == (0, "2 adapters, 3 modules, rank 12, relative error 0: stacked\n")
-    code, text = run(monkeypatch, capsys, "lora", "svd", "client0", "client1", "-w", "3,1", "--rank", "2", "-o", "cut")
+    code, text = run("lora", "svd", "client0", "client1", "-w", "3,1", "--rank", "2", "-o", "cut")
     assert code == 0
     assert "rank 2, relative error 0." in text
     assert "note: what was cut off is 0." in text
     manifest = json.loads((folders / "cut/fl_merge_manifest.json").read_text())
     assert [entry["weight"] for entry in manifest["inputs"]] == [0.75, 0.25]
-    code, text = run(monkeypatch, capsys, "lora", "inspect", "cut")
+    code, text = run("lora", "inspect", "cut")
     assert code == 0
     assert "base_model.model.layers.0.up" in text
     assert "64 x 30" in text
 
 
-def test_the_adapter_of_a_federation_is_written_for_peft(folders, monkeypatch, capsys):
+def test_the_adapter_of_a_federation_is_written_for_peft(folders, run):
     plain = tensors(5, 6)
     save_file(plain, folders / "model.safetensors")
     arguments = ["export", "model.safetensors", "--config", "client0/adapter_config.json", "--out", "final"]
-    code, text = run(monkeypatch, capsys, "lora", *arguments)
+    code, text = run("lora", *arguments)
     assert (code, text) == (0, "3 modules: final\n")
     written = json.loads((folders / "final/adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["target_modules"]) == (6, 6, ["down", "q", "up"])
     found = load_file(folders / "final/adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
     save_file({"w": torch.ones(2)}, folders / "other.safetensors")
-    code, text = run(monkeypatch, capsys, "lora", "export", "other.safetensors", *arguments[2:-1], "none")
+    code, text = run("lora", "export", "other.safetensors", *arguments[2:-1], "none")
     assert (code, "wanted an adapter" in text) == (2, True)
 
 
-def test_fold(folders, monkeypatch, capsys):
+def test_fold(folders, run):
     base = {"layers.0.q.weight": torch.ones(40, 30), "layers.0.up.weight": torch.ones(64, 30)}
     base |= {"layers.1.down.weight": torch.ones(30, 64), "norm": torch.ones(3)}
     (folders / "base").mkdir()
     save_file(base, folders / "base/model.safetensors")
-    code, text = run(monkeypatch, capsys, "lora", "fold", "client0", "--base", "base", "--out", "folded")
+    code, text = run("lora", "fold", "client0", "--base", "base", "--out", "folded")
     assert (code, text) == (0, "4 tensors in folded\n")
     given = tensors(0, 4)
     wanted = (
@@ -81,23 +66,23 @@ def test_fold(folders, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_a_quantised_base_is_refused_and_nothing_is_written(folders, monkeypatch, capsys, dtype):
+def test_a_quantised_base_is_refused_and_nothing_is_written(folders, run, dtype):
     (folders / "base").mkdir()
     weights = {"layers.0.q.weight": torch.ones(40, 30).to(dtype)}
     if dtype == torch.uint8:
         weights["layers.0.q.weight.absmax"] = torch.ones(3)
     save_file(weights, folders / "base/model.safetensors")
-    code, text = run(monkeypatch, capsys, "lora", "fold", "client0", "--base", "base", "-o", "folded")
+    code, text = run("lora", "fold", "client0", "--base", "base", "-o", "folded")
     assert code == 2
     assert "'base' is quantised" in text
     assert not (folders / "folded").exists()
 
 
-def test_a_quantisation_in_the_configuration_is_refused(folders, monkeypatch, capsys):
+def test_a_quantisation_in_the_configuration_is_refused(folders, run):
     (folders / "base").mkdir()
     save_file({"layers.0.q.weight": torch.ones(40, 30)}, folders / "base/model.safetensors")
     (folders / "base/config.json").write_text('{"quantization_config": {"load_in_4bit": true}}')
-    code, text = run(monkeypatch, capsys, "lora", "fold", "client0", "--base", "base", "-o", "folded")
+    code, text = run("lora", "fold", "client0", "--base", "base", "-o", "folded")
     assert (code, "quantization_config" in text) == (2, True)
 
 
@@ -112,15 +97,15 @@ def test_a_quantisation_in_the_configuration_is_refused(folders, monkeypatch, ca
         (["fold", "client0", "--base", "client1", "-o", "x"], "holds no model.safetensors"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(folders, monkeypatch, capsys, arguments, message):
-    code, text = run(monkeypatch, capsys, "lora", *arguments)
+def test_wrong_input_is_one_line_and_code_2(folders, run, arguments, message):
+    code, text = run("lora", *arguments)
     assert code == 2
     assert message in text
     assert len(text.splitlines()) == 1
     assert not (folders / "x").exists()
 
 
-def test_what_is_there_is_not_written_over(folders, monkeypatch, capsys):
+def test_what_is_there_is_not_written_over(folders, run):
     (folders / "base").mkdir()
     save_file({"layers.0.q.weight": torch.ones(40, 30)}, folders / "base/model.safetensors")
     save_file(tensors(5, 6), folders / "model.safetensors")
@@ -136,9 +121,9 @@ def test_what_is_there_is_not_written_over(folders, monkeypatch, capsys):
         (["svd", "client0", "-o", "base"], "folder 'base' is not empty; give another one, or --force to replace"),
         (["export", "model.safetensors", "--config", "client0/adapter_config.json", "-o", "."], "where the input"),
     ):
-        code, text = run(monkeypatch, capsys, "lora", *arguments)
+        code, text = run("lora", *arguments)
         assert (code, message in text, len(text.splitlines())) == (2, True, 1), text
     assert {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()} == before
-    assert run(monkeypatch, capsys, "lora", "svd", "client0", "-o", "new")[0] == 0
-    assert run(monkeypatch, capsys, "lora", "svd", "client0", "-o", "new")[0] == 2
-    assert run(monkeypatch, capsys, "lora", "svd", "client1", "-o", "new", "--force")[0] == 0
+    assert run("lora", "svd", "client0", "-o", "new")[0] == 0
+    assert run("lora", "svd", "client0", "-o", "new")[0] == 2
+    assert run("lora", "svd", "client1", "-o", "new", "--force")[0] == 0

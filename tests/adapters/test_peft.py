@@ -6,7 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft_models import ATTENTION, KINDS, deltas, distance, llama, make_adapter, weighted
+from peft_models import ATTENTION, KINDS, deltas, llama, make_adapter
+from random_adapters import distance, weighted
+from safetensors.torch import load_file, save_file
 
 from fl_merge import UpdateError, build
 from fl_merge.adapters import fold, load_adapter, merge_adapters
@@ -121,7 +123,7 @@ def test_mixed_ranks_alphas_and_modules(tmp_path):
     assert any("o_proj" in note and "left out" in note for note in again.notes)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "conv", "embedding"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "conv", "embedding", "each expert"])
 def test_folding_gives_the_model_that_peft_merges(tmp_path, kind):
     construct, folders = made(tmp_path, kind)
     merged = merge_adapters("lora_svd", [load_adapter(f) for f in folders])
@@ -130,13 +132,9 @@ def test_folding_gives_the_model_that_peft_merges(tmp_path, kind):
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(tmp_path / "base")
     else:
-        from safetensors.torch import save_file
-
         (tmp_path / "base").mkdir()
         save_file(model.state_dict(), tmp_path / "base/model.safetensors")
     fold(load_adapter(tmp_path / "merged"), tmp_path / "base", tmp_path / "folded")
-    from safetensors.torch import load_file
-
     found = load_file(tmp_path / "folded/model.safetensors")
     wanted = PeftModel.from_pretrained(construct(), tmp_path / "merged").merge_and_unload().state_dict()
     assert len(found) >= 6
@@ -166,8 +164,6 @@ def test_the_residual_is_a_second_adapter(tmp_path):
         tmp_path / "base",
         tmp_path / "f",
     )
-    from safetensors.torch import load_file
-
     folded, base = load_file(tmp_path / "f/model.safetensors"), model.state_dict()
     assert distance({name: folded[name].double() - base[name].double() for name in wanted}, wanted) < 1e-5
 
