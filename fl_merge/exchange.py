@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fl_merge.errors import DecodeError, MergeError, RecipeError, TensorMismatchError
-from fl_merge.lowrank import RESIDUAL, SCALINGS, Exchange, Pair, factors, pairs_of
+from fl_merge.lowrank import SCALINGS, Exchange
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.lowrank import Factors, compress
+from fl_merge.pairs import RESIDUAL, Pair, factors, pairs_of
 from fl_merge.types import MergeMethod, TensorSource, TensorSpec, Update, compute_dtype
 
 PLAIN = "lora-plain"

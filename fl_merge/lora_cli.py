@@ -16,9 +16,9 @@ from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapte
 from fl_merge.adapters import fold as fold_adapters
 from fl_merge.codecs import DTYPES
 from fl_merge.errors import RecipeError
-from fl_merge.lowrank import factors, pairs_of
 from fl_merge.method import build
 from fl_merge.ops.lowrank import norm
+from fl_merge.pairs import factors, pairs_of
 from fl_merge.store import load
 from fl_merge.types import MergeMethod
 

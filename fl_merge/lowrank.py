@@ -1,9 +1,8 @@
 """The shape of a merge method for LoRA adapters: it merges the products B A of one module, whatever their ranks.
 
-An adapter's tensors come in pairs, `x.lora_A.weight` (rank, in) and `x.lora_B.weight` (out, rank), or
-`x.lora_embedding_A` and `x.lora_embedding_B`; of a convolution A is (rank, in, height, width) and B (out, rank, 1, 1).
-Here every scaling (alpha / rank) is in B already: `fl_merge.adapters` puts it there. The base of such a cohort is an
-adapter too, the one that clients were sent, or a template of zeros; a delta is a client's whole product.
+An adapter's tensors come in pairs (`fl_merge.pairs`). Here every scaling (alpha / rank) is in B already:
+`fl_merge.adapters` puts it there. The base of such a cohort is an adapter too, the one that clients were sent, or a
+template of zeros; a delta is a client's whole product.
 
 The other tensors of an adapter (modules_to_save, biases) are averaged over the clients that have them.
 
@@ -23,98 +22,17 @@ from torch import Tensor
 
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.ops.lowrank import Compressed, Factors, none
+from fl_merge.pairs import RESIDUAL, SUFFIXES, Pair, factors, pairs_of
 from fl_merge.shapes import Copy
 from fl_merge.types import BASE, CohortSpec, Output, Read, TensorSpec, Whole, compute_dtype
 
 Missing = Literal["zero", "renormalise"]
 
-SUFFIXES = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-"""The end of the name of each kind of A, and that of the B that belongs to it."""
-
 REPORT = ".lora_report"
-RESIDUAL = "residual."
-"""Before the names of a second adapter that belongs to the first (`lora_residual`)."""
+"""After the name of a module: what was cut off, the norm of the whole, the rank that is left."""
 
 SCALINGS = "lora-scalings"
 """The metric in which a client's scalings stand, one a module in order of name, for methods that need them to agree."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two tensors of one module.
-
-    Args:
-        module: its name.
-        a, b: the tensors' names.
-        a_spec, b_spec: what they are.
-    """
-
-    module: str
-    a: str
-    b: str
-    a_spec: TensorSpec
-    b_spec: TensorSpec
-
-    @property
-    def rank(self) -> int:
-        """Of the product."""
-        return self.a_spec.shape[0]
-
-    @property
-    def outputs(self) -> int:
-        """Rows of the product."""
-        return self.b_spec.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        """Columns of the product; of a convolution, channels times the kernel."""
-        return math.prod(self.a_spec.shape[1:])
-
-    def problem(self) -> str | None:
-        """Why the two are no factors of one product; None if they are."""
-        a, b = self.a_spec.shape, self.b_spec.shape
-        if len(a) < 2 or len(b) != len(a) or 0 in (*a, *b):
-            return f"factors of shapes {a} and {b}, wanted (rank, in) and (out, rank)"
-        if a[0] != b[1]:
-            return f"A {a} has rank {a[0]} and B {b} rank {b[1]}, wanted one rank (factors are not broadcast)"
-        if any(size != 1 for size in b[2:]):
-            return f"B {b}, wanted a kernel of 1 x 1"
-        if not (self.a_spec.is_floating and self.b_spec.is_floating):
-            return f"factors of dtypes {self.a_spec.dtype} and {self.b_spec.dtype}, wanted floating ones"
-        return None
-
-    def of_rank(self, rank: int) -> tuple[TensorSpec, TensorSpec]:
-        """A and B of the same module with another rank."""
-        a, b = self.a_spec, self.b_spec
-        return TensorSpec((rank, *a.shape[1:]), a.dtype), TensorSpec((b.shape[0], rank, *b.shape[2:]), b.dtype)
-
-
-def pairs_of(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, Pair], list[str]]:
-    """The pairs of an adapter by module, and the names of its other tensors.
-
-    Raises:
-        MergeError: for an A without its B or a B without its A.
-    """
-    pairs: dict[str, Pair] = {}
-    taken: set[str] = set()
-    for name in specs:
-        for ending, other in SUFFIXES.items():
-            if name.endswith(ending):
-                module = name.removesuffix(ending)
-                if module + other not in specs:
-                    raise MergeError(f"tensor '{name}' has no '{module + other}' beside it")
-                pairs[module] = Pair(module, name, module + other, specs[name], specs[module + other])
-                taken |= {name, module + other}
-    others = [name for name in specs if name not in taken]
-    for name in others:
-        if name.endswith(tuple(SUFFIXES.values())):
-            raise MergeError(f"tensor '{name}' has no A beside it")
-    return pairs, others
-
-
-def factors(a: Tensor, b: Tensor) -> Factors:
-    """Two tensors of an adapter as the factors of a product."""
-    return Factors(b.to(torch.float64).reshape(b.shape[0], -1), a.to(torch.float64).reshape(a.shape[0], -1))
 
 
 @dataclass(frozen=True)
@@ -152,11 +70,13 @@ class Merger(NamedTuple):
         merge: from the clients' factors and those of the base to the result.
         survey: called before with a function that gives the clients' factors of all modules by name, for methods that
             measure the whole model; it is called for each module, from any thread.
+        dense: whether the result is a matrix of the layer's size that is decomposed as such.
     """
 
     rank: int
     merge: Callable[[Sequence[Factors], Factors], Compressed]
     survey: Callable[[Callable[[], Mapping[str, Sequence[Factors]]]], None] | None = None
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,6 +120,14 @@ class Products:
     keeps: int | None = None
     sends: tuple[str, ...] = ()
 
+    def merged_modules(self, spec: CohortSpec) -> list[tuple[Module, Merger | None]]:
+        """Every module of the adapter and how it is merged; None for one that no client has.
+
+        Raises:
+            RecipeError, MergeError: as `plan`.
+        """
+        return [(module, merger) for _, module, merger, _ in self._modules(spec, *_adapter_of(spec))]
+
     def plan(self, spec: CohortSpec) -> Iterator[Output]:
         """A, B and the report of each module, then the other tensors.
 
@@ -207,28 +135,33 @@ class Products:
             RecipeError: if the base is no adapter.
             MergeError: if a client's tensors are no factors of the base's modules, or the method refuses the cohort.
         """
-        ours = {name: tensor for name, tensor in spec.tensors.items() if not name.startswith(RESIDUAL)}
-        pairs, others = pairs_of(ours)
-        if not pairs:
-            shown = ", ".join(list(spec.tensors)[:4])
-            raise RecipeError(f"a method for LoRA adapters: found no 'lora_A' and 'lora_B' among the tensors ({shown})")
-        spec = replace(spec, clients_N=spec.clients_N or (ours,) * len(spec.client_ids))
-        clients = [pairs_of({n: t for n, t in each.items() if n in ours})[0] for each in spec.clients_N]
-        modules = [self._module(spec, pair, clients) for pair in pairs.values()]
-        mergers = self.mergers([module for module in modules if any(module.ranks_P)])
-        reads = {module.name: _reads(module, spec, clients) for module in modules}
-        surveyed = {module.name: (module, reads[module.name]) for module in modules if module.name in mergers}
-        for module in modules:
-            pair, merger = pairs[module.name], mergers.get(module.name)
+        pairs, others = _adapter_of(spec)
+        spec = replace(spec, clients_N=spec.clients_N or (spec.tensors,) * len(spec.client_ids))
+        found = self._modules(spec, pairs, others)
+        surveyed = {module.name: (module, reads) for _, module, merger, reads in found if merger is not None}
+        for pair, module, merger, reads in found:
             if merger is None:
                 yield from _kept(pair)
                 continue
             base = (Read(BASE, pair.a), Read(BASE, pair.b))
-            yield from _outputs(pair, module, merger, base, reads[module.name], surveyed)
+            yield from _outputs(pair, module, merger, base, reads, surveyed)
             if self.second is not None:
-                yield from self._second(spec, pair, module, reads[module.name])
+                yield from self._second(spec, pair, module, reads)
         for name in others:
             yield _averaged(name, spec)
+
+    def _modules(
+        self, spec: CohortSpec, pairs: Mapping[str, Pair], others: Sequence[str]
+    ) -> list[tuple[Pair, Module, Merger | None, tuple[Read, ...]]]:
+        ours = {*others, *(name for pair in pairs.values() for name in (pair.a, pair.b))}
+        each_N = spec.clients_N or (spec.tensors,) * len(spec.client_ids)
+        clients = [pairs_of({n: t for n, t in each.items() if n in ours})[0] for each in each_N]
+        modules = [self._module(spec, pair, clients) for pair in pairs.values()]
+        mergers = self.mergers([module for module in modules if any(module.ranks_P)])
+        return [
+            (pair, module, mergers.get(module.name), _reads(module, spec, clients))
+            for pair, module in zip(pairs.values(), modules, strict=True)
+        ]
 
     def _module(self, spec: CohortSpec, pair: Pair, clients: Sequence[Mapping[str, Pair]]) -> Module:
         ranks, scalings = [], []
@@ -265,6 +198,16 @@ class Products:
         second = replace(pair, module=RESIDUAL + pair.module, a=RESIDUAL + pair.a, b=RESIDUAL + pair.b)
         base: tuple[Read, ...] = () if known is None else (Read(BASE, second.a), Read(BASE, second.b))
         yield from _outputs(second, module, merger, base, reads, {})
+
+
+def _adapter_of(spec: CohortSpec) -> tuple[dict[str, Pair], list[str]]:
+    """The pairs of the adapter that was sent, without its residual, and the names of its other tensors."""
+    ours = {name: tensor for name, tensor in spec.tensors.items() if not name.startswith(RESIDUAL)}
+    pairs, others = pairs_of(ours)
+    if not pairs:
+        shown = ", ".join(list(spec.tensors)[:4])
+        raise RecipeError(f"a method for LoRA adapters: found no 'lora_A' and 'lora_B' among the tensors ({shown})")
+    return pairs, others
 
 
 def _scaling(spec: CohortSpec, at: int, module: str, modules: Sequence[str]) -> float:

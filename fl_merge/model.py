@@ -22,8 +22,9 @@ from fl_merge.codecs import DTYPES, blank
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.exchange import exchange_of, require_apart
 from fl_merge.execute import MergeReport, execute, merged_specs
-from fl_merge.lowrank import RESIDUAL, absent_modules, parted, relative_error
+from fl_merge.lowrank import absent_modules, parted, relative_error
 from fl_merge.optimizers import ServerOptimized, optimizer_of, take_step
+from fl_merge.pairs import RESIDUAL
 from fl_merge.phases import Schedule
 from fl_merge.store import MemorySink, MemorySource
 from fl_merge.structures import reconfigure

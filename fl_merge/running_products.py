@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fl_merge.errors import MergeError, RecipeError
 from fl_merge.execute import MergeReport
-from fl_merge.lowrank import RESIDUAL, Products, factors, pairs_of
+from fl_merge.lowrank import Products
 from fl_merge.ops.lowrank import Factors, compress, none, norm, stack
+from fl_merge.pairs import RESIDUAL, factors, pairs_of
 from fl_merge.types import MergeMethod, TensorSource, TensorSpec, Update, client_order
 
 _TIMES = 4

@@ -35,7 +35,6 @@ from fl_merge.errors import FlMergeError, MergeError
 from fl_merge.exchange import FITTED, SHARE, TRAINS, fit
 from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.records import to_record, to_tensors
-from fl_merge.lowrank import RESIDUAL, pairs_of
 from fl_merge.methods import (
     lora_factor_mean,
     lora_merge,
@@ -44,6 +43,7 @@ from fl_merge.methods import (
     lora_svd,
     lora_zero_pad,
 )
+from fl_merge.pairs import RESIDUAL, pairs_of
 from fl_merge.rounds import Round
 from fl_merge.store import MemorySource
 from fl_merge.types import MergeMethod, TensorSpec, Update

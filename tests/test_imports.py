@@ -41,7 +41,8 @@ MAY_IMPORT = {
     },
     "hyperparameters": {"errors"},
     "method": {"hyperparameters", "types", "errors"},
-    "lowrank": {"ops.lowrank", "shapes", "types", "errors"},
+    "pairs": {"ops.lowrank", "types", "errors"},
+    "lowrank": {"pairs", "ops.lowrank", "shapes", "types", "errors"},
     "on_products": {"fill", "reading", "ops", "shapes", "types", "errors"},
     "structures": {"naming", "architectures", "method", "shapes", "ops.draws", "ops.routing", "types", "errors"},
     "methods": {
@@ -79,11 +80,12 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "exchange": {"lowrank", "ops.lowrank", "ops.draws", "types", "errors"},
+    "exchange": {"pairs", "lowrank", "ops.lowrank", "ops.draws", "types", "errors"},
     "model": {
         "phases",
         "structures",
         "exchange",
+        "pairs",
         "lowrank",
         "tuning",
         "optimizers",
@@ -95,6 +97,7 @@ MAY_IMPORT = {
     },
     "adapters": {
         "architectures",
+        "pairs",
         "lowrank",
         "ops.lowrank",
         "merging",
@@ -107,7 +110,7 @@ MAY_IMPORT = {
         "errors",
     },
     "running": {"execute", "store", "types", "errors"},
-    "running_products": {"execute", "lowrank", "ops.lowrank", "types", "errors"},
+    "running_products": {"execute", "pairs", "lowrank", "ops.lowrank", "types", "errors"},
     "rounds": {
         "phases",
         "exchange",
@@ -158,7 +161,7 @@ MAY_IMPORT = {
         "phases",
         "exchange",
         "running_products",
-        "lowrank",
+        "pairs",
         "tuning",
         "naming",
         "statistics",
@@ -177,7 +180,7 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
-    "lora_cli": {"adapters", "store", "codecs", "lowrank", "ops.lowrank", "method", "types", "errors"},
+    "lora_cli": {"adapters", "store", "codecs", "pairs", "ops.lowrank", "method", "types", "errors"},
     "cli": {
         "yaml_text",
         "offline",

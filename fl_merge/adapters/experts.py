@@ -17,7 +17,7 @@ from typing import Any
 from fl_merge.adapters.config import PREFIX
 from fl_merge.architectures import Architecture, architecture_of
 from fl_merge.errors import RecipeError
-from fl_merge.lowrank import Pair
+from fl_merge.pairs import Pair
 from fl_merge.types import TensorSpec
 
 EXPERT = re.compile(r"(.*)\[(\d+)\]$", re.DOTALL)

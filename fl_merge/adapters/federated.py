@@ -13,7 +13,7 @@ from fl_merge.adapters.config import PREFIX, AdapterConfig
 from fl_merge.adapters.experts import EXPERT
 from fl_merge.adapters.merging import plain_adapter
 from fl_merge.errors import RecipeError
-from fl_merge.lowrank import RESIDUAL, pairs_of
+from fl_merge.pairs import RESIDUAL, pairs_of
 from fl_merge.types import TensorSpec
 
 

@@ -17,7 +17,7 @@ from fl_merge.adapters.experts import EXPERT, Part, expert_parts
 from fl_merge.adapters.folder import Adapter
 from fl_merge.errors import RecipeError
 from fl_merge.execute import MergeReport, execute
-from fl_merge.lowrank import Pair, factors, pairs_of
+from fl_merge.pairs import Pair, factors, pairs_of
 from fl_merge.shapes import Copy
 from fl_merge.store import SafetensorsSink, SafetensorsSource
 from fl_merge.types import (

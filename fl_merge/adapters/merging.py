@@ -17,9 +17,10 @@ from fl_merge.adapters.source import fused
 from fl_merge.check import check_finite, check_metrics
 from fl_merge.errors import MergeError, RecipeError, UpdateError
 from fl_merge.execute import execute, worker_pool
-from fl_merge.lowrank import RESIDUAL, SCALINGS, Pair, pairs_of, parted, relative_error
+from fl_merge.lowrank import SCALINGS, parted, relative_error
 from fl_merge.merging import shares
 from fl_merge.method import METHODS, as_method, sends
+from fl_merge.pairs import RESIDUAL, Pair, pairs_of
 from fl_merge.store import MemorySink
 from fl_merge.types import Cohort, MergeMethod, TensorSpec, Update
 

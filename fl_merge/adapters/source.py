@@ -18,7 +18,7 @@ from torch import Tensor
 from fl_merge.adapters.config import NUMBERED, AdapterConfig
 from fl_merge.adapters.experts import EXPERT
 from fl_merge.errors import MergeError, TensorMismatchError
-from fl_merge.lowrank import Pair, pairs_of
+from fl_merge.pairs import Pair, pairs_of
 from fl_merge.store import MemorySource
 from fl_merge.types import TensorSource, TensorSpec, compute_dtype
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fl_merge.errors import RecipeError
 from fl_merge.exchange import exchange_of
-from fl_merge.lowrank import RESIDUAL
 from fl_merge.model import GlobalModel
+from fl_merge.pairs import RESIDUAL
 from fl_merge.phases import Phase, as_schedule
 from fl_merge.recipe import Recipe
 from fl_merge.runs.checkpoint import Checkpoint

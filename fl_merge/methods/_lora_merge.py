@@ -101,7 +101,8 @@ def lora_merge(
             small_KL = merged(output, spec, shape, list(cores_PKL.float())).double()
             return compress(Factors(left_OK @ small_KL, right_LI), most)
 
-        return Merger(most, merge, (lambda everything: sums.measure(compute, everything)) if whole else None)
+        survey = (lambda everything: sums.measure(compute, everything)) if whole else None
+        return Merger(most, merge, survey, dense=space == "full" and not _linear(output))
 
     return Products(prepare, missing, Exchange(), sends=sends)
 

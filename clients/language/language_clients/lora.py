@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_merge.lowrank import RESIDUAL
+from fl_merge.pairs import RESIDUAL
 from language_clients.tokens import seeded
 
 A, B = ".lora_A.weight", ".lora_B.weight"
