@@ -70,13 +70,13 @@ class Merger(NamedTuple):
         merge: from the clients' factors and those of the base to the result.
         survey: called before with a function that gives the clients' factors of all modules by name, for methods that
             measure the whole model; it is called for each module, from any thread.
-        dense: whether the result is a matrix of the layer's size that is decomposed as such.
+        held: bytes that are in memory meanwhile beside factors, roughly.
     """
 
     rank: int
     merge: Callable[[Sequence[Factors], Factors], Compressed]
     survey: Callable[[Callable[[], Mapping[str, Sequence[Factors]]]], None] | None = None
-    dense: bool = False
+    held: int = 0
 
 
 @dataclass(frozen=True)

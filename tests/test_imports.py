@@ -142,6 +142,7 @@ MAY_IMPORT = {
     "runs": {"adapters", "model", "store", "types", "errors"},
     "architectures": set(),
     "offline": {
+        "lowrank",
         "yaml_text",
         "__init__",
         "adapters",

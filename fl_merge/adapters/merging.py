@@ -143,6 +143,31 @@ def merge_adapters(
         UpdateError: if an adapter's values are not finite.
         MergeError: if the method cannot merge these.
     """
+    chosen, named, cohort = adapter_cohort(method, adapters, weights, seed, metrics=metrics)
+    with worker_pool(threads or os.cpu_count() or 1) as pool:
+        for _ in pool.map(_require_finite, cohort.updates):
+            pass
+    origins = {update.client_id: _origin(named[update.client_id]) for update in cohort.updates}
+    sink = MemorySink()
+    execute(chosen, cohort, sink, threads=threads, master=True)
+    tensors, residual, reports = parted(sink.tensors)
+    wide = max((each.dtype for each in named.values()), key=lambda dtype: dtype.itemsize)
+    manifest = _manifest(chosen, cohort, named, tensors, reports)
+    return MergedAdapter(tensors, residual, origins, wide, manifest)
+
+
+def adapter_cohort(
+    method: MergeMethod | str,
+    adapters: Sequence[Adapter] | Mapping[str, Adapter],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    seed: int = 0,
+    *,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[MergeMethod, dict[str, Adapter], Cohort]:
+    """The method, the adapters by name, and what of them is merged; no value has been read.
+
+    Args, raises: as `merge_adapters`.
+    """
     chosen = as_method(method)
     entry = METHODS.get(getattr(chosen, "name", ""))
     if entry is not None and entry.merges != "adapters":
@@ -164,18 +189,9 @@ def merge_adapters(
     cohort = Cohort(
         _Template([named[update.client_id] for update in Cohort(_Nothing(), updates).updates]), updates, seed
     )
-    with worker_pool(threads or os.cpu_count() or 1) as pool:
-        for _ in pool.map(_require_finite, cohort.updates):
-            pass
     # What can be refused of the configurations is refused before anything is computed.
-    origins = {update.client_id: _origin(named[update.client_id]) for update in cohort.updates}
-    merged_config({n: o.config for n, o in origins.items()}, {"x": 1}, set(), False)
-    sink = MemorySink()
-    execute(chosen, cohort, sink, threads=threads, master=True)
-    tensors, residual, reports = parted(sink.tensors)
-    wide = max((each.dtype for each in named.values()), key=lambda dtype: dtype.itemsize)
-    manifest = _manifest(chosen, cohort, named, tensors, reports)
-    return MergedAdapter(tensors, residual, origins, wide, manifest)
+    merged_config({name: each.config for name, each in named.items()}, {"x": 1}, set(), False)
+    return chosen, named, cohort
 
 
 def plain_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str = "config") -> MergedAdapter:
@@ -268,7 +284,9 @@ def _manifest(
             }
         )
     relative = relative_error(reports)
-    notes = _notes(cohort, getattr(method, "parameters", {}).get("missing", "zero"), relative)
+    notes = absent_notes(cohort, method)
+    if relative > 1e-6:
+        notes.append(f"what was cut off is {relative:.3g} of the norm of the whole")
     return {
         "made_by": "fl_merge",
         "method": str(method),
@@ -279,7 +297,9 @@ def _manifest(
     }
 
 
-def _notes(cohort: Cohort, missing: str, relative: float) -> list[str]:
+def absent_notes(cohort: Cohort, method: MergeMethod) -> list[str]:
+    """What becomes of the modules that only some adapters have."""
+    missing = getattr(method, "parameters", {}).get("missing", "zero")
     notes = []
     everyone = [update.tensors.specs() for update in cohort.updates]
     for name in cohort.base.specs():
@@ -291,9 +311,7 @@ def _notes(cohort: Cohort, missing: str, relative: float) -> list[str]:
         factor = module != name
         how = "counts as zero there" if factor and missing == "zero" else "is left out there"
         notes.append(f"module '{module}' is not in {who}: {how}")
-    if relative > 1e-6:
-        notes.append(f"what was cut off is {relative:.3g} of the norm of the whole")
     return notes
 
 
-__all__ = ["MANIFEST", "MergedAdapter", "merge_adapters"]
+__all__ = ["MANIFEST", "MergedAdapter", "absent_notes", "adapter_cohort", "merge_adapters"]

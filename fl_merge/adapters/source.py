@@ -105,6 +105,10 @@ class PlainAdapter:
         wide = tensor.to(self._specs[name].dtype)
         return wide * place.factor if scaled and place.factor != 1.0 else wide
 
+    def stored_specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the file, as they are stored."""
+        return self._tensors.specs()
+
     def stored(self, name: str) -> str:
         """The name of the tensor in the file of which this one is a part, or the whole."""
         return self._places[name].name

@@ -102,7 +102,7 @@ def lora_merge(
             return compress(Factors(left_OK @ small_KL, right_LI), most)
 
         survey = (lambda everything: sums.measure(compute, everything)) if whole else None
-        return Merger(most, merge, survey, dense=space == "full" and not _linear(output))
+        return Merger(most, merge, survey, 0 if _linear(output) else _held(module, space))
 
     return Products(prepare, missing, Exchange(), sends=sends)
 
@@ -157,6 +157,17 @@ def _tensor(module: Module) -> str:
 
 def _linear(output: Output) -> bool:
     return isinstance(output.compute, WeightedSum | Span)
+
+
+def _held(module: Module, space: Space) -> int:
+    """Bytes of what is no factor: the deltas in the space, as float64 and as float32, and what is merged of them."""
+    parts, rank = len(module.ranks_P), sum(module.ranks_P)
+    if space == "knots":
+        return (12 * parts + 16) * rank * module.inputs
+    if space == "core":
+        return (12 * parts + 16) * rank * rank
+    numel, least = module.outputs * module.inputs, _all_ranks(module)
+    return 36 * numel + 80 * least * least  # products are made in slices; the result is decomposed
 
 
 def _all_ranks(module: Module) -> int:

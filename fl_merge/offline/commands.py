@@ -21,7 +21,8 @@ from rich.table import Table
 
 import fl_merge
 from fl_merge.errors import RecipeError
-from fl_merge.offline.adapters import merge_recipe, merges_adapters
+from fl_merge.lowrank import Merger, Module
+from fl_merge.offline.adapters import AdapterPlan, merge_recipe, merges_adapters, plan_recipe
 from fl_merge.offline.catalogue import ROWS
 from fl_merge.offline.config import OfflineRecipe, Ref, names_models, parse
 from fl_merge.offline.estimate import estimate
@@ -51,8 +52,6 @@ def load(path: Path) -> OfflineRecipe:
     """
     content = read_yaml(path)
     try:
-        if merges_adapters(content):
-            raise RecipeError("it merges adapters, which have no layers to plan: fl-merge merge, fl-merge lora inspect")
         if not names_models(content):
             raise RecipeError("it names no models; wanted models or slices (without them it is a federation's recipe)")
         recipe = parse(content, list(ROWS))
@@ -128,6 +127,10 @@ def plan(
     threads: Threads = None,
 ) -> None:
     """Show what a merge of files will read, do and write, without doing it."""
+    content = read_yaml(recipe)
+    if merges_adapters(content):
+        show_adapters(plan_recipe(content, recipe, threads), tensors=tensors)
+        return
     found = planned(recipe)
     what = estimate(found, threads)
     show_plan(found)
@@ -181,6 +184,48 @@ def show_plan(found: OfflinePlan) -> None:
         count = len(part.targets)
         out.print(f"{count} tensor{'s' * (count > 1)}, {escape(_which(part))}", highlight=False, soft_wrap=True)
         out.print(f"    {escape(_how(part))}", highlight=False, soft_wrap=True)
+
+
+def show_adapters(found: AdapterPlan, *, tensors: bool) -> None:
+    """The adapters, and the modules that are merged alike."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("adapter", "weight", "modules", "ranks", "scalings", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for name, weight in found.weights.items():
+        adapter = found.recipe.adapters[name]
+        ranks = sorted({adapter.config.rank_of(module.partition("[")[0]) for module in adapter.plain.scalings})
+        row = [escape(name), f"{weight:.4g}", str(len(adapter.plain.scalings)), ", ".join(map(str, ranks))]
+        scalings = ", ".join(f"{scaling:.4g}" for scaling in sorted(set(adapter.plain.scalings.values())))
+        table.add_row(*row, scalings, str(adapter.dtype).removeprefix("torch."))
+    out.print(table)
+    out.print(f"\n{escape(str(found.recipe.method))}", highlight=False, soft_wrap=True)
+    kinds = Counter(
+        (re.sub(r"\.\d+\.", ".*.", re.sub(r"\[\d+\]", "[*]", module.name)), *_becomes(module, merger))
+        for module, merger in found.modules
+    )
+    for (name, size, becomes), count in kinds.items():
+        many = f" ({count})" if count > 1 else ""
+        out.print(f"    {escape(name)}{many}: {size}, {becomes}", highlight=False, soft_wrap=True)
+    what = found.estimate
+    out.print(
+        f"\nreads {_size(what.read)} of {len(found.weights)} adapters, writes {what.tensors} tensors, at most "
+        f"{_size(what.written)}; about {_size(what.memory)} of memory",
+        highlight=False,
+    )
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    if tensors:
+        for output in found.outputs:
+            out.print(f"{escape(output.name)}  {escape(str(output.spec))}", highlight=False, soft_wrap=True)
+
+
+def _becomes(module: Module, merger: Merger | None) -> tuple[str, str]:
+    """The size of a module's product, and its ranks at the clients and merged."""
+    size = f"{module.outputs} x {module.inputs}"
+    if merger is None:
+        return size, "which no adapter has"
+    ranks = ", ".join(map(str, module.ranks_P))
+    return size, f"ranks {ranks} to at most {merger.rank}"
 
 
 def show_tensors(found: OfflinePlan) -> None:

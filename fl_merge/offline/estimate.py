@@ -11,7 +11,7 @@ from fl_merge.offline.plan import OfflinePlan
 from fl_merge.shapes import Coordinate, Copy, Matrix, Span
 from fl_merge.types import BASE, Output, TensorSpec, Whole, compute_dtype
 
-_FIXED = 300 * 10**6
+FIXED = 300 * 10**6
 """Python, torch and the compiled passes."""
 
 
@@ -47,7 +47,7 @@ def estimate(plan: OfflinePlan, threads: int | None = None) -> Estimate:
     workers = threads or os.cpu_count() or 1
     held = heapq.nlargest(workers, (_held(output, len(sources)) for output in outputs))
     written = sum(output.spec.nbytes for output in outputs)
-    return Estimate(len(outputs), sum(read.values()), written, _FIXED + sum(held))
+    return Estimate(len(outputs), sum(read.values()), written, FIXED + sum(held))
 
 
 def _held(output: Output, models: int) -> int:

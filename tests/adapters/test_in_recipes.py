@@ -60,6 +60,38 @@ def test_adapters_by_themselves(tmp_path, run):
     assert run("merge", "recipe.yaml", "merged", "--force")[0] == 0
 
 
+def test_a_plan_says_what_will_be_read_and_written_and_reads_no_value(tmp_path, run):
+    """The sizes are those of the files: of the inputs' tensors, and of the result's."""
+    folders = two(tmp_path, llama, target_modules=["q_proj", "v_proj"])
+    make_adapter(folders[1], llama, 1, rank=8, alpha=8, target_modules=["q_proj", "v_proj", "o_proj"])
+    recipe = "merge_method: lora_svd\nparameters: {rank: 10}\ndtype: bfloat16\nmodels:\n"
+    recipe += "  - {model: client0, parameters: {weight: 3}}\n  - client1\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    code, text = run("plan", "recipe.yaml", "--tensors")
+    assert code == 0, text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[1:3] == ["client0 0.75 4 4 2 float32", "client1 0.25 6 8 1 float32"]
+    module = "base_model.model.model.layers.*.self_attn"
+    assert f"{module}.q_proj (2): 24 x 24, ranks 4, 8 to at most 10" in lines
+    assert f"{module}.o_proj (2): 24 x 24, ranks 0, 8 to at most 8" in lines
+    size = sum(t.nbytes for f in folders for t in load_file(f / "adapter_model.safetensors").values())
+    assert run("merge", "recipe.yaml", "merged")[0] == 0
+    written = load_file(tmp_path / "merged/adapter_model.safetensors")
+    made = sum(tensor.nbytes for tensor in written.values())
+    told = f"reads {size / 1000:.3g} kB of 2 adapters, writes 12 tensors, at most {made / 1000:.3g} kB; about 3"
+    assert [line for line in lines if line.startswith(told)], text
+    assert any("o_proj' is not in 'client0': counts as zero there" in line for line in lines)
+    assert all(
+        any(line.startswith(f"{name} ({', '.join(map(str, t.shape))})") for line in lines)
+        for name, t in written.items()
+    )
+    weights = folders[0] / "adapter_model.safetensors"
+    bytes_there = weights.read_bytes()
+    weights.write_bytes(bytes_there[:-200] + b"\xff" * 200)  # values that are not finite
+    assert run("plan", "recipe.yaml", "--tensors") == (0, text)
+    assert "is nan, wanted finite numbers" in run("merge", "recipe.yaml", "merged", "--force")[1]
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -79,8 +111,9 @@ def test_adapters_by_themselves(tmp_path, run):
 def test_wrong_recipes_are_refused_in_one_line(tmp_path, run, recipe, message):
     two(tmp_path, llama, target_modules=["q_proj"])
     (tmp_path / "recipe.yaml").write_text(recipe)
-    code, text = run("merge", "recipe.yaml", "merged")
-    assert code == 2
-    assert message in text, text
-    assert len(text.splitlines()) == 1
+    for arguments in (["merge", "recipe.yaml", "merged"], ["plan", "recipe.yaml"]):
+        code, text = run(*arguments)
+        assert code == 2
+        assert message in text, text
+        assert len(text.splitlines()) == 1
     assert not (tmp_path / "merged").exists()
