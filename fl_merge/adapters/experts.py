@@ -119,6 +119,8 @@ def _one_by_one(
         return {}
     parts: dict[str, list[Part]] = {}
     for experts in levels.values():
+        if row.named(layer, row.mlp[0].replace("{e}", str(len(experts)))) + ".weight" in tensors:
+            return {}  # the base has more of them
         for number, pair in experts.items():
             names = [row.named(layer, name.replace("{e}", str(number))) + ".weight" for name in row.mlp]
             shapes = [tensors[name].shape if name in tensors else () for name in names]

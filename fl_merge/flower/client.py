@@ -58,7 +58,8 @@ def receive_adapter(
 
     Args:
         message: from the server.
-        own: what `get_peft_model_state_dict` gives of the client's model.
+        own: what `get_peft_model_state_dict` gives of the client's model; of one with adapted fused experts, that taken
+            apart (`fl_merge.adapters.experts_apart`).
         scalings: alpha / rank (rsLoRA: over its square root), for all modules or by module. They go into the reply's
             metrics as `lora-scalings`: one number, or one a module in order of name.
 

@@ -30,7 +30,7 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=53, n_positions=16, n_embd=24, n_layer=2, n_head=3))
 
 
-def mixture() -> nn.Module:
+def mixture(experts=3) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def mixture() -> nn.Module:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        num_local_experts=3,
+        num_local_experts=experts,
         num_experts_per_tok=2,
     )
     return MixtralForCausalLM(config)

@@ -71,6 +71,10 @@ def test_fused_experts_whose_place_is_not_known_are_refused_by_name(tmp_path):
     message = r"fused experts \(3 of \(16, 20\), 3 of \(40, 16\)\) whose place in the base is not known"
     with pytest.raises(RecipeError, match=message):
         fold(load_adapter(other), tmp_path / "base", tmp_path / "folded")
+    more = mixture(experts=4)
+    more.save_pretrained(tmp_path / "more")
+    with pytest.raises(RecipeError, match=message):
+        fold(load_adapter(other), tmp_path / "more", tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
 
 
@@ -110,27 +114,36 @@ def test_experts_that_are_modules_reload_where_transformers_fuses_them(tmp_path,
     assert distance({name: folded[name].double() - base[name].double() for name in found}, found) < 1e-5
 
 
+def leading(deltas, rank):
+    """The best approximation of each matrix, of each expert for itself."""
+    found = {}
+    for name, delta in deltas.items():
+        u, values, vt = torch.linalg.svd(delta, full_matrices=False)
+        found[name] = u[..., :rank] * values[..., None, :rank] @ vt[..., :rank, :]
+    return found
+
+
 def test_fused_experts_in_a_federation(tmp_path):
     """Clients of ranks 2 and 3 send each expert's factors for themselves; what the run leaves loads through PEFT.
 
-    After a round that lost nothing, what the clients are sent does what their adapters did on average.
+    In the second round each is sent the leading part of what was merged in the first, in its own rank.
     """
     targets = {"target_modules": ["q_proj"], "target_parameters": FUSED}
-    sent, received = [], []
+    sent, received = {}, {}
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        number = int(context.node_config["partition-id"])
-        rank, alpha = 2 + number, 8.0
-        folder = make_adapter(tmp_path / f"trained{len(sent)}", mixture, 10 + len(sent), rank, alpha, **targets)
+        number, server_round = int(context.node_config["partition-id"]), int(message.content["config"]["server-round"])
+        rank, alpha, name = 2 + number, 8.0, f"{server_round}-{number}"
+        folder = make_adapter(tmp_path / f"trained-{name}", mixture, number + 2 * server_round, rank, alpha, **targets)
         model = PeftModel.from_pretrained(mixture(), folder)
         trained = experts_apart(load_file(folder / "adapter_model.safetensors"), model.peft_config["default"].to_dict())
         here = receive_adapter(message, trained, alpha / rank)
         set_peft_model_state_dict(model, experts_together(here))
-        model.save_pretrained(tmp_path / f"received{len(received)}")
-        received.append(tmp_path / f"received{len(received)}")
-        sent.append(folder)
+        model.save_pretrained(tmp_path / f"received-{name}")
+        received[server_round, number] = deltas(mixture, tmp_path / f"received-{name}")
+        sent[server_round, number] = deltas(mixture, folder)
         return reply(message, trained, 1 + 2 * number, {"lora-scalings": alpha / rank}, dtype="float32")
 
     first = make_adapter(tmp_path / "first", mixture, 1, rank=2, alpha=2, **targets)
@@ -139,12 +152,12 @@ def test_fused_experts_in_a_federation(tmp_path):
     about = {key: adapter.config.raw[key] for key in ("target_parameters", "target_modules", "task_type")}
     strategy = FedMerge(lora_svd(rank=8), fraction_evaluate=0.0, run_folder=tmp_path / "run", adapter_config=about)
     with InProcessGrid(app, nodes=2, workers=0) as grid:
-        strategy.start(grid, to_record(initial), num_rounds=1)
-    wanted = weighted([deltas(mixture, f) for f in sent], [0.25, 0.75])
-    assert distance(deltas(mixture, tmp_path / "run/adapter"), wanted) < 1e-6
-    assert [load_adapter(f).config.rank for f in received] == [2, 3]
-    for folder in received:
-        assert distance(deltas(mixture, folder), deltas(mixture, first)) < 1e-6
+        strategy.start(grid, to_record(initial), num_rounds=2)
+    merged = {number: weighted([sent[number, 0], sent[number, 1]], [0.25, 0.75]) for number in (1, 2)}
+    for client in range(2):
+        assert distance(received[1, client], deltas(mixture, first)) < 1e-6
+        assert distance(received[2, client], leading(merged[1], 2 + client)) < 1e-6
+    assert distance(deltas(mixture, tmp_path / "run/adapter"), merged[2]) < 1e-6
 
 
 def test_fused_experts_as_peft_has_them_are_refused_before_anyone_trains(tmp_path):
