@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fl_merge
-from fl_merge.errors import FlMergeError, RecipeError, UpdateError
+from fl_merge.errors import FlMergeError, RecipeError, UpdateError, counted
 from fl_merge.hyperparameters import describe
 from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
@@ -189,8 +189,8 @@ def simulate(
         verbose=verbose,
         console=out,
     )
-    errors = f", {result.errors} of them errors" if result.errors else ""
-    out.print(f"{result.messages} replies{errors} in {result.seconds:.1f} s", highlight=False)
+    errors = f", {result.errors} of them with an error" if result.errors else ""
+    out.print(f"{counted(result.messages, 'reply', 'replies')}{errors} in {result.seconds:.1f} s", highlight=False)
     if result.run_folder is not None:
         out.print(f"journal and model: {result.run_folder}", highlight=False, soft_wrap=True)
 

@@ -25,6 +25,11 @@ def one_line(text: str, limit: int = 300) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """A number and what there is of it: 1 model, 2 models; the plural is given where it is no more than an s."""
+    return f"{count} {thing if count == 1 else things or f'{thing}s'}"
+
+
 class FlMergeError(Exception):
     """Any error that fl_merge raises on purpose."""
 

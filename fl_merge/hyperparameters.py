@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 import math
-import re
 import sys
 import types
 import typing
@@ -144,8 +143,8 @@ def describe(annotation: Any) -> str:
     if typing.get_origin(annotation) is not None and issubclass(typing.get_origin(annotation), Mapping):
         key, value = typing.get_args(annotation)
         return f"a mapping from {describe(key)} to {describe(value)}"
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    return names.get(annotation, re.sub(r"^.*\.", "", str(annotation)))
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text", Any: "anything"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _is_number(value: object) -> bool:
@@ -178,6 +177,8 @@ def _accept(where: str, value: Any, annotation: Any) -> Any:
             raise wrong
         return value
     if origin in (typing.Union, types.UnionType):
+        if value == {} and type(None) not in arguments:
+            raise wrong  # values by name, and not one of them
         for option in arguments:
             try:
                 return _accept(where, value, option)

@@ -15,7 +15,7 @@ from rich.table import Table
 from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters, plain_adapter, require_free
 from fl_merge.adapters import fold as fold_adapters
 from fl_merge.codecs import DTYPES
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, counted
 from fl_merge.method import build
 from fl_merge.ops.lowrank import norm
 from fl_merge.pairs import factors, pairs_of
@@ -79,7 +79,7 @@ def fold(
     """Add adapters to the weights of their model, into a checkpoint of its own."""
     require_free(out_folder, [*adapters, base], force=force)
     report = fold_adapters([load_adapter(each) for each in adapters], base, out_folder, dtype=_dtype(dtype))
-    out.print(f"{report.tensors} tensors in {out_folder}", highlight=False, soft_wrap=True)
+    out.print(f"{counted(report.tensors, 'tensor')} in {out_folder}", highlight=False, soft_wrap=True)
 
 
 @lora.command()
@@ -100,7 +100,7 @@ def export(
     require_free(out_folder, [model, config], force=force)
     found = plain_adapter(load(model), raw, str(config))
     found.save(out_folder, _dtype(dtype))
-    out.print(f"{len(found.manifest['modules'])} modules: {out_folder}", highlight=False, soft_wrap=True)
+    out.print(f"{counted(len(found.manifest['modules']), 'module')}: {out_folder}", highlight=False, soft_wrap=True)
 
 
 @lora.command()
@@ -122,7 +122,8 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter's folder.")
         out.print(f"{escape(name)}: {found.plain.specs()[name]}", highlight=False, soft_wrap=True)
     kind = "rsLoRA" if found.config.rslora else "alpha / rank"
     out.print(
-        f"{len(pairs)} modules, scaled by {kind}, {str(found.dtype).removeprefix('torch.')}, sha256 {found.sha256}",
+        f"{counted(len(pairs), 'module')}, scaled by {kind}, {str(found.dtype).removeprefix('torch.')}, "
+        f"sha256 {found.sha256}",
         highlight=False,
         soft_wrap=True,
     )
@@ -138,7 +139,7 @@ def _merge(
     ranks = sorted({entry["rank"] for entry in merged.manifest["modules"].values()})
     shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     out.print(
-        f"{len(adapters)} adapters, {len(merged.manifest['modules'])} modules, rank {shown}, "
+        f"{counted(len(adapters), 'adapter')}, {counted(len(merged.manifest['modules']), 'module')}, rank {shown}, "
         f"relative error {merged.error:.3g}: {folder}",
         highlight=False,
         soft_wrap=True,

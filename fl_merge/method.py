@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec
 
-from fl_merge.errors import MergeError, RecipeError
+from fl_merge.errors import MergeError, RecipeError, counted
 from fl_merge.hyperparameters import checked, example, nearest, signature_of
 from fl_merge.types import CohortSpec, MergeMethod, Output
 
@@ -78,7 +78,7 @@ class Method:
             MergeError: saying how many it takes and why.
         """
         if count not in self.clients:
-            raise MergeError(f"{self}: found {count} client{'' if count == 1 else 's'}, wanted {self.clients}")
+            raise MergeError(f"{self}: found {counted(count, 'client')}, wanted {self.clients}")
 
     def __str__(self) -> str:
         shown = {key: dict(value) if isinstance(value, Mapping) else value for key, value in self.parameters.items()}
@@ -314,10 +314,16 @@ def partition(rules: Sequence[tuple[str, MergeMethod]], otherwise: MergeMethod) 
         otherwise: the method of every tensor that no rule matches.
 
     Raises:
-        RecipeError: for a method that acts on a whole round, or, when planned, for a rule that gets no tensor.
+        RecipeError: for a method that acts on a whole round or merges no models, for a rule that an earlier one leaves
+            no tensor, or, when planned, for any other that gets none.
     """
     for method in (otherwise, *(method for _, method in rules)):
         require_inner("partition", method)
+        require_for_models("partition", method)
+    for index, (glob, _) in enumerate(rules):
+        for earlier, _ in rules[:index]:
+            if _covers(earlier, glob):
+                raise RecipeError(_taken(glob, [earlier]))
     return Partition(tuple(rules), otherwise)
 
 
@@ -331,12 +337,32 @@ def require_inner(wrapper: str, method: MergeMethod) -> None:
         raise RecipeError(f"{wrapper}: found {method}, which acts on the whole merged model; put it round {wrapper}")
 
 
+def require_for_models(wrapper: str, method: MergeMethod) -> None:
+    """Refuse a method for adapters or structures where one is wanted that merges models tensor by tensor.
+
+    Raises:
+        RecipeError: naming it and what it merges.
+    """
+    entry = METHODS.get(method.name) if isinstance(method, Method) else None
+    if entry is not None and entry.merges != "models":
+        raise RecipeError(f"{wrapper}: found {method}, a method for {entry.merges}; wanted one for models")
+
+
+def _covers(earlier: str, glob: str) -> bool:
+    """Whether one glob matches every name that another matches, as far as their texts tell."""
+    return not set("?[") & set(earlier) and "[" not in glob and fnmatch.fnmatchcase(glob, earlier)
+
+
+def _taken(glob: str, earlier: Sequence[str]) -> str:
+    first = ", ".join(f"'{other}'" for other in earlier)
+    return f"rule '{glob}' gets no tensor: every one that it matches is taken by an earlier rule ({first})"
+
+
 def _unmatched(glob: str, earlier: Sequence[tuple[str, MergeMethod]], names: list[str]) -> str:
     if any(fnmatch.fnmatchcase(name, glob) for name in names):
-        first = ", ".join(f"'{other}'" for other, _ in earlier)
-        return f"rule '{glob}' gets no tensor: every one that it matches is taken by an earlier rule ({first})"
+        return _taken(glob, [other for other, _ in earlier])
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"rule '{glob}' matches no tensor of the base; its {len(names)} tensors are {shown}"
+    return f"rule '{glob}' matches no tensor of the base, which has {counted(len(names), 'tensor')}: {shown}"
 
 
 def _where(factory: Callable[..., Any]) -> str:

@@ -88,7 +88,7 @@ class Personal:
         for number, (client_id, masks) in enumerate(self.masks.items()):
             tensors[f"factor/{number}/{client_id}"] = torch.tensor(self.factors[client_id], dtype=torch.float64)
             tensors |= {f"mask/{number}/{name}": mask for name, mask in masks.items()}
-        save(tensors, folder)
+        save(MemorySource(tensors, tied={}), folder)  # each name's, for bases whose weights are not tied any more
 
     @classmethod
     def load(cls, folder: str | Path) -> Personal:
@@ -184,8 +184,14 @@ def _personal(
     delta: dict[str, Tensor] = {}
     masks: dict[str, dict[str, Tensor]] = {client_id: {} for client_id in models}
     norms = dict.fromkeys(models, (0.0, 0.0))
+    tied = source.aliases()
     for name, tensor in base.items():
         if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if name in tied:  # one weight of two names, which counts once
+            delta[name] = delta[tied[name]]
+            for each in masks.values():
+                each[name] = each[tied[name]]
             continue
         wide = compute_dtype(tensor.dtype)
         deltas_NS = torch.stack([(model[name].to(wide) - tensor.to(wide)).reshape(-1) for model in models.values()])

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fl_merge.errors import MergeError, RecipeError
+from fl_merge.errors import MergeError, RecipeError, counted
 from fl_merge.hyperparameters import whole_number
 from fl_merge.method import METHODS, Method, as_method
 from fl_merge.structures import reconfigure
@@ -176,11 +176,12 @@ class Schedule:
         """
         if self.total is not None and num_rounds != self.total:
             raise RecipeError(
-                f"phases: they have {self.total} rounds, and the run is to have {num_rounds} (num-server-rounds)"
+                f"phases: they have {counted(self.total, 'round')}, and the run is to have {num_rounds} "
+                "(num-server-rounds)"
             )
         if len(self.phases) > 1 and num_rounds < self._fewest():
             raise RecipeError(
-                f"phases: they have at least {self._fewest()} rounds, and the run is to have {num_rounds} "
+                f"phases: they have at least {counted(self._fewest(), 'round')}, and the run is to have {num_rounds} "
                 "(num-server-rounds)"
             )
 

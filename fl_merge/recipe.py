@@ -25,7 +25,7 @@ from fl_merge.clipping import Clipped, clip_norm
 from fl_merge.errors import RecipeError
 from fl_merge.execute import merged_specs
 from fl_merge.hyperparameters import known_keys
-from fl_merge.method import METHODS, Method, Partition, build, partition
+from fl_merge.method import METHODS, Method, Partition, build, partition, require_for_models
 from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
 from fl_merge.phases import Phase, Schedule, parse_rounds, phase, schedule
 from fl_merge.types import MergeMethod, TensorSpec
@@ -116,6 +116,9 @@ class Recipe:
                 except RecipeError as error:
                     raise RecipeError(f"rule {number} ('{rule.match}'): {error}") from None
             method = partition(rules, otherwise=method)
+        for wrapper in ("clip_norm", "server_optimizer"):
+            if getattr(self, wrapper):
+                require_for_models(wrapper, method)
         if self.clip_norm:
             bounds = known_keys("clip_norm", self.clip_norm, ("max_norm", "quantile"))
             method = clip_norm(method, max_norm=bounds.get("max_norm"), quantile=bounds.get("quantile"))
@@ -337,7 +340,7 @@ def _wrapper(key: str, content: Mapping[str, Any], short: str, example: str) -> 
 def _rule(number: int, content: object) -> Rule:
     where = f"rule {number}"
     keys = known_keys(where, content, _RULE_KEYS)
-    if not isinstance(keys.get("match"), str):
+    if not isinstance(keys.get("match"), str) or not keys["match"]:
         raise RecipeError(f"{where}: match: found {keys.get('match')!r}, wanted a glob on tensor names")
     try:
         return Rule(keys["match"], _text("merge_method", keys), _parameters("parameters", keys))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fl_merge.check import MAX_NUM_EXAMPLES, check_metrics, check_update
-from fl_merge.errors import DecodeError, MergeError, TensorMismatchError, UpdateError, one_line
+from fl_merge.errors import DecodeError, MergeError, TensorMismatchError, UpdateError, counted, one_line
 from fl_merge.exchange import Form, exchange_of, expected, forms_as_state, plain, reported
 from fl_merge.execute import MergeReport
 from fl_merge.method import sends
@@ -223,7 +223,8 @@ class Round:
             pass
         elif len(self._updates) < self.min_replies:
             failure = (
-                f"{len(self._updates)} usable replies of {len(self.sampled)} clients, wanted at least "
+                f"{counted(len(self._updates), 'usable reply', 'usable replies')} of "
+                f"{counted(len(self.sampled), 'client')}, wanted at least "
                 f"{self.min_replies} (min_replies)"
             )
         else:

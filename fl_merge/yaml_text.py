@@ -26,7 +26,8 @@ def read_yaml(path: str | Path) -> object:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe '{path}': not valid YAML: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split()).replace(' in "<unicode string>",', ",")
+        raise RecipeError(f"recipe '{path}': not valid YAML: {told}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,10 +37,11 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:bool":
                 key.tag = "tag:yaml.org,2002:str"
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        keys: list[Any] = []
+        for key, _ in node.value:
+            keys.append(self.construct_object(key, deep=deep))
+            if keys.count(keys[-1]) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{keys[-1]}' stands twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
 

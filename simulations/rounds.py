@@ -62,23 +62,35 @@ DEFAULTS = (
 )
 """Methods that are run at their defaults. Left out are those that are the average or nearly another of these here."""
 
-TUNED: Mapping[str, tuple[Mapping[str, float], ...]] = {
-    "task_arithmetic": ({"scale": 1.0}, {"scale": 1.5}, {"scale": 2.0}),
-    "ties": ({"scale": 0.25}, {"scale": 0.5}, {"scale": 2.0}),
-    "tsv_m": ({"scale": 0.2}, {"scale": 0.5}),
-    "iso_c": ({"scale": 0.5}, {"scale": 2.0}, {"scale": 4.0}),
-    "wudi": ({"ridge": 0.1}, {"ridge": 1.0}, {"ridge": 10.0}),
-    "regmean": ({"ridge": 0.1}, {"ridge": 1.0}, {"ridge": 10.0}),
-}
-"""Methods with a setting that is tuned, and the values to choose from."""
 
-OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 0.2}}
-"""Methods that are run inside server optimizers, at which settings. 1 / N turns a method's sum into a mean."""
+def grid(name: str, values: Sequence[float]) -> tuple[Mapping[str, float], ...]:
+    """One setting at each of the values."""
+    return tuple({name: value} for value in values)
+
+
+TUNED: Mapping[str, tuple[Mapping[str, float], ...]] = {
+    "task_arithmetic": grid("scale", (0.5, 1.0, 1.5, 2.0)),
+    "ties": grid("scale", (0.25, 0.5, 1.0, 2.0)),
+    "tsv_m": grid("scale", (0.25, 0.5, 1.0, 2.0)),
+    "iso_c": grid("scale", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
+    "wudi": grid("ridge", (0.01, 0.1, 1.0, 10.0, 100.0)),
+    "regmean": grid("ridge", (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)),
+}
+"""Methods with a setting that is tuned, and the values to choose from: wide enough that the best is inside."""
+
+OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 1.0}}
+"""Methods that are run inside server optimizers, at which settings."""
 
 MOMENTA = [
-    {"name": "momentum", "lr": lr, "beta": beta} for beta, lr in ((0.5, 1.0), (0.5, 2.0), (0.9, 0.3), (0.9, 1.0))
+    {"name": "momentum", "lr": lr, "beta": beta}
+    for beta, rates in ((0.5, (0.25, 0.5, 1.0, 2.0, 4.0)), (0.9, (0.1, 0.3, 1.0, 3.0)))
+    for lr in rates
 ]
-ADAMS = [{"name": "adam", "lr": lr, "tau": tau} for tau, lr in ((1e-3, 0.01), (1e-3, 0.03), (1e-3, 0.1), (1e-2, 0.1))]
+ADAMS = [
+    {"name": "adam", "lr": lr, "tau": tau}
+    for tau, rates in ((1e-3, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)), (1e-2, (0.03, 0.1, 0.3, 1.0)))
+    for lr in rates
+]
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
 
@@ -125,8 +137,8 @@ def aggregators(methods: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
             found[f"{name}, tuned"] = tuple(Setting(name, parameters) for parameters in choices)
     for name, parameters in OPTIMIZED.items():
         if name in methods:
-            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in MOMENTA[1:])
-            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in ADAMS[:3])
+            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in MOMENTA)
+            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in ADAMS[:6])
     return found
 
 

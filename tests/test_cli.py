@@ -95,13 +95,62 @@ def test_a_rule_that_matches_no_tensor(run: Run, tmp_path: Path) -> None:
         tmp_path / "recipe.yaml",
         "merge_method: ties\nrules: [{match: '*norm*', merge_method: weighted_average}]\n",
     )
-    wanted = "error: rule '*norm*' matches no tensor of the base; its 1 tensors are hidden.weight\n"
+    wanted = "error: rule '*norm*' matches no tensor of the base, which has 1 tensor: hidden.weight\n"
     assert run("check", recipe)[0] == 0  # nothing to hold it against
     assert run("check", recipe, "--base", tmp_path / "base")[::2] == (2, wanted)
     code, printed, complaint = run("simulate", DIGITS, "--recipe", recipe)
     assert code == 2
-    assert complaint.startswith("error: rule '*norm*' matches no tensor of the base; its 6 tensors are hidden1.weight")
+    assert complaint.startswith(
+        "error: rule '*norm*' matches no tensor of the base, which has 6 tensors: hidden1.weight"
+    )
     assert "round" not in printed
+
+
+AVERAGE = "merge_method: weighted_average"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            f"rules: [{{match: '*norm*', {AVERAGE}}}, {{match: 'layers.*.norm?', {AVERAGE}}}]",
+            "rule 'layers.*.norm?' gets no tensor: every one that it matches is taken by an earlier rule ('*norm*')",
+        ),
+        (f"rules: [{{match: '', {AVERAGE}}}]", "rule 1: match: found '', wanted a glob on tensor names"),
+        (
+            "rules: [{match: '*norm*', merge_method: moe_upcycle}]",
+            "a method for structures; wanted one for models",
+        ),
+        ("rules: [{match: '*norm*', merge_method: lora_svd}]", "a method for adapters; wanted one for models"),
+        (
+            "rules: [{match: '*norm*', merge_method: median}]\nclip_norm: {max_norm: -1}",
+            "parameter 'max_norm': found -1, wanted a number > 0",
+        ),
+        ("parameters: {density: {}}", "parameter 'density' of ties: found {}, wanted a number in (0, 1]"),
+    ],
+)
+def test_what_is_wrong_without_a_base_is_refused_without_one(run: Run, tmp_path: Path, text: str, line: str) -> None:
+    recipe = written(tmp_path / "recipe.yaml", f"merge_method: ties\n{text}\n")
+    code, _, complaint = run("check", recipe)
+    assert code == 2
+    assert complaint.startswith(f"error: recipe '{recipe}': ")
+    assert line in complaint
+
+
+@pytest.mark.parametrize("wrapper", ["clip_norm: {quantile: 0.5}", "server_optimizer: {name: adam}"])
+def test_what_acts_on_deltas_goes_round_methods_for_models_only(run: Run, tmp_path: Path, wrapper: str) -> None:
+    for method, merges in (("moe_upcycle", "structures"), ("lora_svd", "adapters")):
+        recipe = written(tmp_path / "recipe.yaml", f"merge_method: {method}\n{wrapper}\n")
+        code, _, complaint = run("check", recipe)
+        assert code == 2
+        assert f"a method for {merges}; wanted one for models" in complaint
+
+
+@pytest.mark.parametrize("globs", [("*norm?", "*norm*"), ("*[ab]*", "*a*"), ("*a*", "*[ab]*"), ("*.w", "*.weight")])
+def test_rules_that_may_each_get_a_tensor_are_taken(run: Run, tmp_path: Path, globs: tuple[str, str]) -> None:
+    rules = ", ".join(f"{{match: '{glob}', {AVERAGE}}}" for glob in globs)
+    recipe = written(tmp_path / "recipe.yaml", f"merge_method: ties\nrules: [{rules}]\n")
+    assert run("check", recipe)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,22 @@ def test_what_does_not_fit_is_refused(tmp_path):
     save({"w": torch.zeros(9)}, tmp_path / "b")
     with pytest.raises(MergeError, match="tensor 'w' is no part of personal models"):
         Personal.load(tmp_path / "b")
+
+
+def test_tied_weights_count_once(tmp_path):
+    """By hand, as above: the tensor under a second name changes no factor, and each name has its delta."""
+    tied = {"w": BASE["w"], "v": torch.zeros(1), "again": BASE["w"]}
+    clients = []
+    for delta, own in (((2.0, 1.0, 0.0, 0.0, 0.0), 3.0), ((1.0, -2.0, 2.0, 0.0, 0.0), 1.0)):
+        w = BASE["w"] + torch.tensor(delta)
+        clients.append({"w": w, "v": torch.tensor([own]), "again": w})
+    found = emr(tied, clients)
+    # w as above, kept 2 and 6 of own 3 and 5; v is 3 for both, of 3 and 1: (3 + 3) / (2 + 3), (5 + 1) / (6 + 3)
+    assert found.factors == {"0": 6 / 5, "1": 6 / 9}
+    found.save(tmp_path / "personal")
+    apart = {name: tensor.clone() for name, tensor in tied.items()}
+    for personal in (found, Personal.load(tmp_path / "personal")):
+        for base in (tied, apart):
+            model = personal.model(base, "1")
+            assert torch.equal(model["w"], model["again"])
+            assert model["w"].tolist() == pytest.approx([1 + 4 / 3, 2 - 4 / 3, 3 + 4 / 3, 4.0, 5.0])

@@ -245,9 +245,12 @@ def test_a_wrong_recipe_is_refused_by_name(load, tmp_path, text, problem):
     [
         (
             "merge_method: ties\nparameters: {density: 0.2, density: 0.3}",
-            "not valid YAML: key 'density' stands twice in",
+            "not valid YAML: key 'density' stands twice, line 2, column 28: ",
         ),
-        ("merge_method: ties\nmerge_method: slerp", "not valid YAML: key 'merge_method' stands twice in"),
+        (
+            "merge_method: ties\nmerge_method: slerp",
+            "not valid YAML: key 'merge_method' stands twice, line 2, column 1: ",
+        ),
         ("merge_method: [ties", "not valid YAML: while parsing a flow sequence"),
         ("merge_method: !!python/object:os.system ties", "not valid YAML: could not determine a constructor"),
     ],
@@ -291,7 +294,7 @@ def test_a_rule_that_matches_nothing_is_refused_when_the_base_is_known():
     with pytest.raises(RecipeError) as caught:
         recipe.build(BASE)
     assert str(caught.value) == (
-        "rule '*nrom*' matches no tensor of the base; its 2 tensors are layers.0.norm.weight, layers.0.mlp.weight"
+        "rule '*nrom*' matches no tensor of the base, which has 2 tensors: layers.0.norm.weight, layers.0.mlp.weight"
     )
 
 

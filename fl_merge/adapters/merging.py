@@ -15,7 +15,7 @@ from fl_merge.adapters.config import AdapterConfig, merged_config
 from fl_merge.adapters.folder import MANIFEST, Adapter, write_adapter
 from fl_merge.adapters.source import fused
 from fl_merge.check import check_finite, check_metrics
-from fl_merge.errors import MergeError, RecipeError, UpdateError
+from fl_merge.errors import MergeError, RecipeError, UpdateError, counted
 from fl_merge.execute import execute, worker_pool
 from fl_merge.lowrank import SCALINGS, parted, relative_error
 from fl_merge.merging import shares
@@ -213,7 +213,7 @@ def plain_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], wher
     except MergeError as error:
         raise RecipeError(str(error)) from None
     if not pairs:
-        raise RecipeError(f"found no 'lora_A' and 'lora_B' among the {len(main)} tensors; wanted an adapter")
+        raise RecipeError(f"found no 'lora_A' and 'lora_B' among {counted(len(main), 'tensor')}; wanted an adapter")
     origin = _Origin(read, frozenset(module.partition("[")[0] for module in pairs))
     modules = {module: {"rank": pair.rank} for module, pair in pairs.items()}
     manifest = {"made_by": "fl_merge", "inputs": [], "relative_error": 0.0, "notes": [], "modules": modules}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from fl_merge.errors import counted
 from fl_merge.flower.inprocess import Replied, Sent
 from fl_merge.flower.watch import Evaluation, Watcher
 from fl_merge.model import GlobalModel
@@ -82,7 +83,8 @@ class Live(Watcher):
 
     def run_started(self, num_rounds: int, method: MergeMethod) -> None:
         self._rounds = num_rounds
-        self._console.print(f"merging with {escape(str(method))}, {num_rounds} rounds", highlight=False, soft_wrap=True)
+        line = f"merging with {escape(str(method))}, {counted(num_rounds, 'round')}"
+        self._console.print(line, highlight=False, soft_wrap=True)
 
     def run_resumed(self, num_rounds: int, method: MergeMethod, after_round: int) -> None:
         self.run_started(num_rounds, method)

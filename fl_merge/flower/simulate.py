@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, counted
 from fl_merge.flower.apps import LoadedApp, load_app, run_app
 from fl_merge.flower.inprocess import Workers
 from fl_merge.flower.journal import Journal
@@ -104,7 +104,7 @@ def simulate(
     simulated = {"nodes": count, "seed": seed}
     journal = Journal(path, app.run_config | config, simulated=simulated, resumed=resume is not None)
     resumption = None if resume is None else Resumption(path, force)
-    console.print(f"[bold]{app.name}[/bold]: {count} clients in this process", highlight=False)
+    console.print(f"[bold]{app.name}[/bold]: {counted(count, 'client')} in this process", highlight=False)
     started = time.perf_counter()
     try:
         with _flower_log(verbose), Live(console) as live, watching(live, journal), resuming(resumption):

@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, counted
 from fl_merge.hyperparameters import Range
 from fl_merge.method import Method, merge_method
 from fl_merge.structures.common import MERGED_SOURCE, inner_method
@@ -36,11 +36,13 @@ def depth_upscale(
     def chosen(depth: int) -> list[Layer]:
         left_out = depth // 4 if m is None else m
         if left_out >= depth:
-            raise RecipeError(f"depth_upscale: m is {left_out} and the model has {depth} layers, wanted m below that")
+            raise RecipeError(
+                f"depth_upscale: m is {left_out} and the model has {counted(depth, 'layer')}, wanted m below that"
+            )
         if zero_init and 2 * left_out > depth:
             raise RecipeError(
-                f"depth_upscale: zero_init with m = {left_out} of {depth} layers would lose layers {depth - left_out} "
-                f"to {left_out - 1}, wanted m <= {depth // 2}"
+                f"depth_upscale: zero_init with m = {left_out} of {counted(depth, 'layer')} would lose layers "
+                f"{depth - left_out} to {left_out - 1}, wanted m <= {depth // 2}"
             )
         first = [Layer(source, number) for number in range(depth - left_out)]
         second = [

@@ -25,6 +25,7 @@ from fl_merge.hyperparameters import nearest
 from fl_merge.lowrank import REPORT, Merger, Module, Products
 from fl_merge.method import METHODS, Method, build
 from fl_merge.offline.estimate import FIXED, Estimate
+from fl_merge.offline.plan import require_models
 from fl_merge.types import Output, compute_dtype
 
 _KEYS = ("merge_method", "parameters", "models", "dtype")
@@ -153,6 +154,7 @@ def _read(content: Mapping[str, Any], recipe: Path) -> AdapterRecipe:
         listed = [_entry(entry, recipe.resolve().parent) for entry in _list(content["models"])]
         if len({path for path, _ in listed}) < len(listed):
             raise RecipeError("models: an adapter is named twice; give it a larger weight instead")
+        require_models(method, len(listed), "adapter")
         adapters = {str(path): load_adapter(path) for path, _ in listed}
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import fl_merge
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, counted
 from fl_merge.lowrank import Merger, Module
 from fl_merge.offline.adapters import AdapterPlan, merge_recipe, merges_adapters, plan_recipe
 from fl_merge.offline.catalogue import ROWS
@@ -86,9 +86,9 @@ def merge(
         merged = merge_recipe(content, recipe, folder, seed=seed, threads=threads, force=force)
         for note in merged.notes:
             err.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
-        modules = len(merged.manifest["modules"])
+        modules = counted(len(merged.manifest["modules"]), "module")
         out.print(
-            f"{escape(str(folder))}: an adapter of {modules} modules, relative error {merged.error:.3g}",
+            f"{escape(str(folder))}: an adapter of {modules}, relative error {merged.error:.3g}",
             highlight=False,
             soft_wrap=True,
         )
@@ -99,7 +99,7 @@ def merge(
     for notice in plan.notices:
         err.print(f"note: {escape(notice)}", highlight=False, soft_wrap=True)
     out.print(
-        f"{len(plan.models)} models: reading {_size(what.read)}, writing {what.tensors} tensors, "
+        f"{counted(len(plan.models), 'model')}: reading {_size(what.read)}, writing {counted(what.tensors, 'tensor')}, "
         f"{_size(what.written)}; about {_size(what.memory)} of memory",
         highlight=False,
     )
@@ -117,7 +117,9 @@ def merge(
             on_tensor=advance,
         )
     out.print(
-        f"{escape(str(folder))}: {report.tensors} tensors in {report.seconds:.1f} s", highlight=False, soft_wrap=True
+        f"{escape(str(folder))}: {counted(report.tensors, 'tensor')} in {report.seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -135,8 +137,8 @@ def plan(
     what = estimate(found, threads)
     show_plan(found)
     out.print(
-        f"\nreads {_size(what.read)} of {len(found.models)} models, writes {what.tensors} tensors, "
-        f"{_size(what.written)}; about {_size(what.memory)} of memory",
+        f"\nreads {_size(what.read)} of {counted(len(found.models), 'model')}, writes "
+        f"{counted(what.tensors, 'tensor')}, {_size(what.written)}; about {_size(what.memory)} of memory",
         highlight=False,
     )
     for notice in found.notices:
@@ -182,7 +184,7 @@ def show_plan(found: OfflinePlan) -> None:
     out.print()
     for part in found.parts:
         count = len(part.targets)
-        out.print(f"{count} tensor{'s' * (count > 1)}, {escape(_which(part))}", highlight=False, soft_wrap=True)
+        out.print(f"{counted(count, 'tensor')}, {escape(_which(part))}", highlight=False, soft_wrap=True)
         out.print(f"    {escape(_how(part))}", highlight=False, soft_wrap=True)
 
 
@@ -255,13 +257,19 @@ def show_groups(labels: list[str], groups: tuple[Group, ...], *, of_deltas: bool
         row += [f"{mean:.3f}" if mean is not None else "", f"{min(cosines):.3f}" if cosines else ""]
         row += [f"{group.conflict:.1%}", *(f"{group.sparsity(number):.1%}" for number in range(len(labels)))]
         table.add_row(*row)
-    out.print(table)
+    _print_whole(table)
     what = "deltas from the base" if of_deltas else "weights themselves"
     out.print(
         f"\nNorms of the {what}; mean and least cosine of two; share of the moved elements whose signs "
         "conflict; share of elements that are 0.",
         highlight=False,
     )
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table of numbers with nothing cut or folded, whatever the terminal's width."""
+    width = out.measure(table, options=out.options.update(max_width=10_000)).maximum
+    Console(file=out.file, width=max(width, out.width)).print(table)
 
 
 @contextlib.contextmanager
@@ -323,4 +331,4 @@ def _size(count: int) -> str:
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count} bytes"
+    return counted(count, "byte")

@@ -5,9 +5,9 @@ Nothing is read here but what the file says. Every key is known or refused by na
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -327,8 +327,10 @@ def _clause(where: str, content: object) -> Clause:
 def _value(where: str, content: object) -> Scalar | tuple[Scalar, ...]:
     listed: list[Any] = content if isinstance(content, list) else [content]
     for value in listed:
-        if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
-            raise RecipeError(f"{where}: found {value!r}, wanted a number, true, false or text, or a list of them")
+        finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+        if not isinstance(value, int | float | str) or not finite:
+            shown = f"a number of {len(str(value))} digits" if isinstance(value, int) else repr(value)
+            raise RecipeError(f"{where}: found {shown}, wanted a number, true, false or text, or a list of them")
     if not listed:
         raise RecipeError(f"{where}: found an empty list, wanted at least one value")
     found: Scalar | tuple[Scalar, ...] = tuple(listed) if isinstance(content, list) else listed[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fl_merge.architectures import Architecture, Place
-from fl_merge.errors import RecipeError, TensorMismatchError
+from fl_merge.errors import RecipeError, TensorMismatchError, counted
 from fl_merge.offline.config import OfflineRecipe, Ref, Slice, Source
 from fl_merge.offline.models import Model
 from fl_merge.types import TensorSpec
@@ -68,7 +68,7 @@ def lay_out(recipe: OfflineRecipe, models: Mapping[Ref, Model]) -> Layout:
             depth, layers = models[source.model].depth, source.layers or (0, 0)
             if layers[1] > depth:
                 raise RecipeError(
-                    f"slice {number}: layer_range {list(layers)}: model '{source.model}' has {depth} layers"
+                    f"slice {number}: layer_range {list(layers)}: model '{source.model}' has {counted(depth, 'layer')}"
                 )
     targets = tuple(_targets(slices, models, recipe.stacked))
     if not targets:
@@ -97,8 +97,8 @@ def _whole(recipe: OfflineRecipe, models: Mapping[Ref, Model]) -> Slice:
     for source in sources:
         if models[source.model].depth != depth:
             raise RecipeError(
-                f"model '{source.model}' has {models[source.model].depth} layers, '{recipe.donor}' has {depth}; slices "
-                "merge some of a model's layers"
+                f"model '{source.model}' has {counted(models[source.model].depth, 'layer')}, '{recipe.donor}' has "
+                f"{depth}; slices merge some of a model's layers"
             )
     return Slice(tuple(Source(s.model, (0, depth), s.parameters) for s in sources), part.base_model, part.parameters)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fl_merge.errors import RecipeError, TensorMismatchError
+from fl_merge.errors import MergeError, RecipeError, TensorMismatchError, counted
 from fl_merge.hyperparameters import nearest
-from fl_merge.method import find
+from fl_merge.method import METHODS, find, methods_in
 from fl_merge.offline.catalogue import ROWS
 from fl_merge.offline.config import Clause, OfflineRecipe, Ref
 from fl_merge.offline.layout import Layout, Target, lay_out
@@ -165,8 +165,11 @@ def plan_of(recipe: OfflineRecipe, beside: Path | None = None) -> OfflinePlan:
         parts = tuple(_parts(recipe, layout, row, resolver))
         notices += [*check_parameters(recipe, row), *_default_notices(recipe, row, resolver)]
     plan = OfflinePlan(recipe, models, layout, parts, tuple(notices))
-    for _ in plan.plan(plan.cohort().spec()):
-        pass
+    try:
+        for _ in plan.plan(plan.cohort().spec()):
+            pass
+    except MergeError as error:  # the method and these models: what the recipe asks for cannot be
+        raise RecipeError(str(error)) from None
     return plan
 
 
@@ -177,7 +180,9 @@ def check(recipe: OfflineRecipe) -> None:
         RecipeError: for an unknown method or parameter, or models that the method does not take.
     """
     if recipe.ours is not None:
-        recipe.ours.build()
+        name = recipe.merge_method
+        if name not in METHODS and ":" not in name:
+            raise RecipeError(f"unknown merge method '{name}'{nearest(name, {*ROWS, *METHODS})}")
         _check_ours(recipe, recipe.ours)
         return
     if recipe.merge_method not in ROWS:
@@ -189,7 +194,8 @@ def check(recipe: OfflineRecipe) -> None:
         base = part.base_model or recipe.base_model
         listed = [source.model for source in part.sources]
         if base is None and row.base == "required":
-            raise RecipeError(f"{at}{recipe.merge_method} needs a base_model, from which deltas are taken")
+            what = "which is what t = 0 gives" if recipe.merge_method == "slerp" else "from which deltas are taken"
+            raise RecipeError(f"{at}{recipe.merge_method} needs a base_model, {what}")
         if base is not None and base not in listed and (recipe.stacked and row.base != "ignored"):
             raise RecipeError(
                 f"{at}base_model '{base}' is not among the sources, and which of its layers to take is open"
@@ -197,12 +203,13 @@ def check(recipe: OfflineRecipe) -> None:
         count = len(listed) + (base is not None and base not in listed and not recipe.stacked)
         others = count - (base is not None and row.base != "ignored")
         for (low, high), found, what in (
-            (row.models, count, "models, the base included" if base is not None else "models"),
-            (row.others, others, "models beside the base" if base is not None else "models"),
+            (row.models, count, ", the base included"),
+            (row.others, others, " beside the base"),
         ):
             if not low <= found <= (high or found):
+                models = counted(found, "model") + (what if base is not None else "")
                 wanted = str(low) if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-                raise RecipeError(f"{at}{recipe.merge_method}: found {found} {what}, wanted {wanted}")
+                raise RecipeError(f"{at}{recipe.merge_method}: found {models}, wanted {wanted}")
 
 
 def _check_ours(recipe: OfflineRecipe, ours: Recipe) -> None:
@@ -219,6 +226,23 @@ def _check_ours(recipe: OfflineRecipe, ours: Recipe) -> None:
             raise RecipeError(
                 f"model '{recipe.base_model}' is the base_model, whose delta is 0; leave it out of models"
             )
+    require_models(ours.build(), len(recipe.slices[0].sources), "model")
+
+
+def require_models(method: MergeMethod, count: int, what: str) -> None:
+    """Refuse more or fewer models than a method, or one of those that it is made of, takes.
+
+    Args:
+        method: of a recipe.
+        count: how many models, or adapters, are merged.
+        what: "model" or "adapter", for the error.
+
+    Raises:
+        RecipeError: saying how many it takes and why.
+    """
+    for part in methods_in(method):
+        if count not in part.clients:
+            raise RecipeError(f"{part}: found {counted(count, what)}, wanted {part.clients}")
 
 
 def _parts(recipe: OfflineRecipe, layout: Layout, row: Row, resolver: Resolver) -> Iterator[Part]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fl_merge.architectures import Architecture, depth_of
-from fl_merge.errors import MergeError, RecipeError
+from fl_merge.errors import MergeError, RecipeError, counted
 from fl_merge.method import Method
 from fl_merge.naming import HIDDEN, hidden_of
 from fl_merge.ops.draws import stream_key
@@ -161,7 +161,7 @@ class Upcycled:
         if experts is None:
             raise RecipeError("moe_upcycle: one expert a client, and the number of clients is not given")
         if self.top_k > experts:
-            raise RecipeError(f"moe_upcycle: top_k is {self.top_k}, above the {experts} experts")
+            raise RecipeError(f"moe_upcycle: top_k is {self.top_k}, above the {counted(experts, 'expert')}")
         new = {key: value for key, value in config.items() if key not in up.drops}
         for key, value in up.config.items():
             new[key] = config[value[1:]] if isinstance(value, str) and value.startswith("$") else value
@@ -217,7 +217,8 @@ class Reduced:
         kept = [number for number in range(total) if number not in self.removed]
         if not kept or self.top_k > len(kept):
             raise RecipeError(
-                f"remove_experts: {len(kept)} of {total} experts would be left, wanted at least {max(1, self.top_k)}"
+                f"remove_experts: {len(kept)} of {counted(total, 'expert')} would be left, wanted at least "
+                f"{max(1, self.top_k)}"
             )
         return kept
 
@@ -234,7 +235,8 @@ class Reduced:
         top_k = self.top_k or config[TOP_K]
         if top_k > len(kept):
             raise RecipeError(
-                f"remove_experts: a token is given to {top_k} experts and {len(kept)} would be left; set top_k lower"
+                f"remove_experts: a token is given to {counted(top_k, 'expert')} and {len(kept)} would be left; "
+                "set top_k lower"
             )
         return {**config, **dict.fromkeys(found, len(kept)), TOP_K: top_k}
 

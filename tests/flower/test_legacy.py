@@ -212,7 +212,7 @@ def test_too_few_usable_results_keep_the_old_model(caplog: pytest.LogCaptureFixt
     log = "\n".join(flower_log(caplog))
     assert "client '102': client error: no GPU" in log
     assert "client '103': client error: no GPU" in log
-    assert "round 1 made no model, the old one stands: 1 usable replies of 4 clients" in log
+    assert "round 1 made no model, the old one stands: 1 usable reply of 4 clients" in log
 
 
 def test_refusing_failures_altogether() -> None:

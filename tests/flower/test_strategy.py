@@ -313,7 +313,7 @@ def test_what_cannot_work_is_refused_before_any_client_is_asked():
 
     rules = partition([("*nrom*", ties())], weighted_average())
     for method, arrays, words in [
-        (rules, to_record(model()), r"^rule '\*nrom\*' matches no tensor of the base; its 2 tensors are w, b$"),
+        (rules, to_record(model()), r"^rule '\*nrom\*' matches no tensor of the base, which has 2 tensors: w, b$"),
         (ties(), ArrayRecord({}), r"^the initial model has no arrays; pass ArrayRecord\(model\.state_dict\(\)\)$"),
         (ties(), to_record({"w": torch.tensor([1.0, float("nan")])}), r"^the initial model is not finite: tensor 'w'$"),
     ]:

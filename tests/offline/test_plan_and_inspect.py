@@ -71,6 +71,30 @@ def test_inspect_gives_norms_cosines_conflicts_and_sparsity_by_layer(run, tmp_pa
     assert "0 3 1.732 5 4 -0.800 -0.800 50.0% 33.3% 66.7%" in table
 
 
+def test_nothing_of_the_table_is_cut_on_a_narrow_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run("inspect", "math", "code", "chat", "half", "--base", "base")
+    assert code == 0
+    assert "\u2026" not in out
+    heading, first, *_ = out.splitlines()
+    assert heading.split() == (
+        "layer elements base math code chat half cosine least conflicts 0 math 0 code 0 chat 0 half".split()
+    )
+    assert first.split()[:2] == ["embeddings", "2,048"]
+    assert len(first.split()) == 14
+
+
+def test_one_is_not_several(run, tmp_path):
+    save({"w": torch.ones(2)}, tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text("models: [{model: one}]\nmerge_method: passthrough\n")
+    found = printed(run, "plan", "recipe.yaml")
+    assert "1 tensor, w" in found
+    assert "reads 8 bytes of 1 model, writes 1 tensor, 8 bytes; about" in found
+    found = printed(run, "merge", "recipe.yaml", "out")
+    assert found.startswith("1 model: reading 8 bytes, writing 1 tensor, 8 bytes; about")
+    assert "out: 1 tensor in " in found
+
+
 def test_slices_give_what_whole_tensors_give(run, tmp_path, monkeypatch):
     from fl_merge.offline import inspection
 

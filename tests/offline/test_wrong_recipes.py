@@ -34,6 +34,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
             "model 'math': 'normalize' is one value for all models; it stands at the recipe's parameters",
         ),
         (TWO + "merge_method: tyes", "unknown merge method 'tyes'"),
+        (TWO + "merge_method: liner", "unknown merge method 'liner'; did you mean 'linear'?"),
         (
             TIES + "parameters: {weight: [{filter: self_atn, value: 1}, {value: 0}]}",
             "parameter 'weight': filter 'self_atn' matches no tensor; did you mean 'self_attn'?",
@@ -64,10 +65,46 @@ def sliced(first="[0, 2]", second="[0, 2]"):
         (TIES + "parameters: {weight: {valu: 1}}", "unknown key 'valu' in parameters: weight; did you mean 'value'?"),
         (TIES + "parameters: {weight: {filter: mlp, value: 1}}", "parameter 'weight' of model 'math' is not given for"),
         (TIES + "compat: sometimes", "compat: found 'sometimes', wanted true or false"),
+        (TIES + f"parameters: {{weight: {'9' * 400}}}", "weight: found a number of 400 digits, wanted a number"),
+        (
+            TIES + "rules: [{match: '*norm*', merge_method: weighted_average}]\nparameters: {density: {}}",
+            "parameter 'density' of ties: found {}, wanted a number in (0, 1]",
+        ),
+        (TIES + "parameters: {density: {}, weight: 1}", "density: found {}, wanted {value, filter}"),
         # models
         (TWO + "merge_method: ties\nparameters: {weight: 1}", "ties needs a base_model, from which deltas are taken"),
         (TIES.replace("ties", "slerp") + "parameters: {t: 0.5}", "slerp: found 3 models, the base included, wanted 2"),
+        (
+            "models: [{model: math}]\nmerge_method: slerp\nparameters: {t: 0.5}",
+            "slerp needs a base_model, which is what t = 0 gives",
+        ),
+        (
+            "models: [{model: math}]\nbase_model: math\nmerge_method: slerp\nparameters: {t: 0.5}",
+            "slerp: found 1 model, the base included, wanted 2",
+        ),
         (TWO + "merge_method: passthrough", "passthrough: found 2 models, wanted 1"),
+        # models that the method does not take
+        (
+            TWO + "base_model: base\nmerge_method: krum",
+            "krum(f=1): found 2 models, wanted at least 5 (N >= 2 f + 3 with f = 1)",
+        ),
+        (
+            TWO + "merge_method: weighted_average\nrules: [{match: '*norm*', merge_method: bulyan}]\nbase_model: base",
+            "found 2 models, wanted at least 7 (N >= 4 f + 3 with f = 1)",
+        ),
+        (
+            "models: [{model: math}]\nmerge_method: trimmed_mean",
+            "trimmed_mean(beta=0.1): found 1 model, wanted at least 10",
+        ),
+        (
+            TIES + "rules: [{match: '*norm*', merge_method: weighted_average}]\nparameters: {density: {math: 0.5}}",
+            "density names no client 'code' (it names 'math')",
+        ),
+        (
+            TWO + "merge_method: task_arithmetic\nbase_model: base\nparameters: {coefficients: {maths: 1}}\n"
+            "rules: [{match: '*norm*', merge_method: weighted_average}]",
+            "coefficients name client 'maths', which has no usable update here (clients: math, code)",
+        ),
         ("models: [{model: math}, {model: math}]\nmerge_method: linear", "models: model 'math' stands twice"),
         (TWO + "merge_method: linear\nparameters: {weight: 0}", "sum to 0, by which they are divided"),
         ("models: [{model: nowhere}]\nmerge_method: passthrough", "no such model: 'nowhere'"),
@@ -114,6 +151,10 @@ def sliced(first="[0, 2]", second="[0, 2]"):
         ("merge_method: ties", "it names no models; wanted models or slices"),
         ("- a list", "it names no models"),
         ("models: [", "not valid YAML"),
+        (
+            TIES + "base_model: math",
+            "not valid YAML: key 'base_model' stands twice, line 4, column 1: base_model: math",
+        ),
     ],
 )
 def test_a_wrong_recipe(run, tmp_path, text, line):
