@@ -93,7 +93,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
             "found 2 models, wanted at least 7 (N >= 4 f + 3 with f = 1)",
         ),
         (
-            "models: [{model: math}]\nmerge_method: trimmed_mean",
+            "models: [{model: math}]\nbase_model: base\nmerge_method: trimmed_mean",
             "trimmed_mean(beta=0.1): found 1 model, wanted at least 10",
         ),
         (
