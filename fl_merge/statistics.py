@@ -36,6 +36,7 @@ def collect(
     forward: Forward | None = None,
     samples: int = 0,
     generator: torch.Generator | None = None,
+    on_examples: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Sums over a client's examples, for `regmean` ("gram") and `fisher`; means for `moe_upcycle` ("hidden").
 
@@ -54,6 +55,8 @@ def collect(
         samples: 0 for the exact expectation over the classes. For models with many classes or positions: this many
             classes drawn from the model for each example (and position), which gives an unbiased estimate.
         generator: of these draws.
+        on_examples: called with the number of examples that are done, after each (of "fisher") or each batch: the exact
+            Fisher information takes a backward pass for each class of each example.
 
     Returns:
         "count", and float32 sums (of "hidden" means) by name. Layers that the model did not call as modules are not
@@ -82,9 +85,13 @@ def collect(
                 with torch.no_grad(), _reads_added(model, reads, _mask(batch)):
                     run(model, batch)
             if FISHER in kinds:
-                for example in (_slice(batch, at, at + 1) for at in range(size)):
-                    _add_fisher(model, run, example, sums, samples, generator)
+                for at in range(size):
+                    _add_fisher(model, run, _slice(batch, at, at + 1), sums, samples, generator)
+                    if on_examples is not None and at + 1 < size:
+                        on_examples(count + at + 1)
             count += size
+            if on_examples is not None:
+                on_examples(count)
             if count >= max_examples:
                 break
     if count == 0:

@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from baselines import EPOCHS, HEADINGS, LEARNING_RATE, Population, Row, baselines, cells, model_bytes, population, table
 from digits_clients import data
 from digits_clients.data import Examples
 from digits_clients.model import State
 from fl_merge import METHODS
+from fl_merge.errors import counted
 from fl_merge.flower.simulate import simulate
 from fl_merge.store import load
 from one_shot import SCALES, Federation
@@ -86,10 +87,18 @@ def run_federation(run_folder: Path, method: str, rounds: int, seed: int, consol
 def merged_rows(people: Population, validation: Sequence[Examples], console: Console) -> list[Row]:
     """The rows of the methods shown, the plain average first: at defaults, then with `scale` tuned if there is one."""
     federation, rows = Federation(people), []
-    for name in track([name for name in SHOWN if name in METHODS], "merging", console=console, transient=True):
-        rows.append(default_row(name, federation))
-        if "scale" in METHODS[name].parameters:
-            rows.append(tuned_row(name, federation, validation))
+    shown = [name for name in SHOWN if name in METHODS]
+    columns = TextColumn("merging: {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(shown))
+        for number, name in enumerate(shown, start=1):
+            bar.update(task, description=name, completed=number - 1)
+            if not console.is_terminal:
+                console.print(f"merging: {name}, {number} of {len(shown)}", highlight=False)
+            rows.append(default_row(name, federation))
+            if "scale" in METHODS[name].parameters:
+                bar.update(task, description=f"{name}, {len(SCALES)} scales")
+                rows.append(tuned_row(name, federation, validation))
     return rows
 
 
@@ -199,13 +208,16 @@ def main() -> None:
     if not arguments.table_only:
         federated.append(run_federation(run_folder, arguments.method, arguments.rounds, arguments.seed, console))
 
-    with console.status("each client alone, and the baselines ..."):
+    what = "each client alone, and the baselines ..."
+    if not console.is_terminal:
+        console.print(what, highlight=False)
+    with console.status(what):
         people = population(seed=arguments.seed)
         rows = baselines(people)
     validation = list(data.validation_examples(seed=arguments.seed).values())
     rows += merged_rows(people, validation, console)
     for state in federated:
-        name = f"federation, {arguments.rounds} rounds"
+        name = f"federation, {counted(arguments.rounds, 'round')}"
         note = f"{arguments.method} at its defaults in each round, {LOCAL_EPOCHS} local passes a round"
         rows.append(Row(name, people.judge(state), arguments.rounds * uplink(people), note=note))
 

@@ -13,6 +13,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+
 from baselines import Population, population
 from digits_clients import model
 from fl_merge import build, merge
@@ -43,10 +46,11 @@ def accuracy(people: Population, name: str, examples: int | None) -> float:
 
 def table(seeds: int, examples: Sequence[int]) -> str:
     """Means and standard deviations over seeds, in percent, as Markdown."""
-    people = [population(seed=seed) for seed in range(seeds)]
+    console = Console(stderr=True)
+    people = [population(seed=seed) for seed in track(range(seeds), "training", transient=True, console=console)]
     average = [accuracy(each, "weighted_average", None) for each in people]
     lines = ["| examples a client | regmean | fisher |", "|---|---|---|"]
-    for count in examples:
+    for count in track(examples, "statistics and merges", transient=True, console=console):
         found = [[accuracy(each, name, count) for each in people] for name in METHODS]
         lines.append(f"| {count} | {' | '.join(map(percent, found))} |")
     lines += ["", f"weighted_average, which needs none: {percent(average)}. Seeds: {seeds}."]

@@ -183,6 +183,13 @@ def test_layers_inside_a_transformer_are_seen(generator):
     assert not any("self_attn" in name for name in found)
 
 
+@pytest.mark.parametrize(("which", "told"), [("fisher", [1, 2, 3, 4, 5, 6]), ("gram", [4, 6]), ("gram,fisher", None)])
+def test_it_tells_how_many_examples_are_done(which, told, generator):
+    model, inputs, calls = nn.Linear(3, 2), torch.randn(10, 3, generator=generator), []
+    collect(model, [inputs[:4], inputs[4:]], which, max_examples=6, on_examples=calls.append)
+    assert calls == (told or [1, 2, 3, 4, 5, 6])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,19 +102,18 @@ def merge(
         f"{_size(what.written)}; about {_size(what.memory)} of memory",
         highlight=False,
     )
-    with progress("merging", what.tensors) as advance:
-        report = merge_files(
-            plan,
-            folder,
-            recipe.read_text(encoding="utf-8"),
-            version=fl_merge.__version__,
-            threads=threads,
-            device=device,
-            seed=seed,
-            shard_bytes=size,
-            force=force,
-            on_tensor=advance,
-        )
+    report = merge_files(
+        plan,
+        folder,
+        recipe.read_text(encoding="utf-8"),
+        version=fl_merge.__version__,
+        threads=threads,
+        device=device,
+        seed=seed,
+        shard_bytes=size,
+        force=force,
+        watch=progress,
+    )
     out.print(
         f"{escape(str(folder))}: {counted(report.tensors, 'tensor')} in {report.seconds:.1f} s",
         highlight=False,
@@ -272,6 +270,10 @@ def _print_whole(table: Table) -> None:
     Console(file=out.file, width=max(width, out.width)).print(table)
 
 
+AFTER_SECONDS = 2.0
+"""What is done sooner needs no bar."""
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     """A bar on the terminal, once the work has taken two seconds."""
@@ -283,22 +285,27 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
         console=err,
         transient=True,
     )
-    task, started, lock = bar.add_task(what, total=total), time.monotonic(), threading.Lock()
-    shown = False
+    task, lock, shown, over = bar.add_task(what, total=total), threading.Lock(), False, False
 
-    def advance(name: str) -> None:
+    def show() -> None:
         nonlocal shown
         with lock:
-            if not shown and time.monotonic() - started > 2.0 and err.is_terminal:
+            if not over:
                 bar.start()
                 shown = True
-            bar.advance(task)
 
+    timer = threading.Timer(AFTER_SECONDS, show)
+    timer.daemon = True
+    if err.is_terminal:
+        timer.start()
     try:
-        yield advance
+        yield lambda name: bar.advance(task)
     finally:
-        if shown:
-            bar.stop()
+        timer.cancel()
+        with lock:
+            over = True
+            if shown:
+                bar.stop()
 
 
 def _which(part: Part) -> str:

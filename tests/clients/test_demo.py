@@ -1,6 +1,7 @@
 """The demo's table: its methods are in it, scales chosen on validation data, files that say the same."""
 
 import csv
+import io
 
 import pytest
 from rich.console import Console
@@ -41,6 +42,17 @@ def test_the_methods_shown_are_in_the_table_and_tuned_where_they_have_a_scale(ro
     assert all(row.uplink_bytes == models for row in rows if row.name != "regmean")
     grams = 8 * 4 * (65 * 65 + 2 * 513 * 513 + 1)  # a column of ones for each bias, and the number of examples
     assert [row.uplink_bytes for row in rows if row.name == "regmean"] == [models + grams]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_says_which_method_it_is_at(people, validation, monkeypatch, terminal):
+    monkeypatch.setattr(demo, "SCALES", (0.5, 1.0))
+    monkeypatch.setattr(demo, "SHOWN", ("weighted_average", "task_arithmetic"))
+    printed = io.StringIO()
+    demo.merged_rows(people, validation, Console(file=printed, force_terminal=terminal, width=100))
+    lines = ["merging: weighted_average, 1 of 2", "merging: task_arithmetic, 2 of 2"]
+    assert terminal or printed.getvalue().splitlines() == lines
+    assert not terminal or "merging: task_arithmetic, 2 scales" in printed.getvalue()
 
 
 def test_a_scale_is_chosen_on_the_examples_that_are_given(people, monkeypatch):

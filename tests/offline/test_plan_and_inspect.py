@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import time
 
 import pytest
 import torch
 
 from fl_merge.offline.commands import _bytes
+from fl_merge.offline.models import Model
 from fl_merge.store import load, save
 from recipes import EXAMPLES, PASSTHROUGH, TIES
 
@@ -143,6 +146,40 @@ def test_the_progress_bar_is_kept_off_pipes_and_quick_merges(run, tmp_path, monk
     code, out, told = run("merge", "recipe.yaml", "out")
     assert code == 0
     assert "merging" not in out + told.replace("note:", "")
+
+
+def test_each_step_of_a_long_merge_has_a_bar(run, tmp_path, monkeypatch):
+    """With every step taken for a long one, on a terminal: what is read, what is merged, what is hashed."""
+    from rich.console import Console
+
+    from fl_merge.offline import commands
+    from fl_merge.offline import run as running
+
+    printed = io.StringIO()
+    monkeypatch.setattr(commands, "err", Console(file=printed, force_terminal=True, width=100))
+    monkeypatch.setattr(commands, "AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(running, "CHUNK_BYTES", 20_000)
+    for name in ("execute", "check_values"):
+        slow = getattr(running, name)
+        monkeypatch.setattr(running, name, lambda *a, slow=slow, **k: (time.sleep(0.12), slow(*a, **k))[1])
+    hashes = Model.hashes
+    monkeypatch.setattr(Model, "hashes", lambda self: (time.sleep(0.12), hashes(self))[1])
+    (tmp_path / "recipe.yaml").write_text(PASSTHROUGH)
+    code, _, _ = run("merge", "recipe.yaml", "out")
+    assert code == 0
+    for what, total in (("checking", 2 * 39), ("merging", 3 + 7 * 9), ("hashing", 2)):
+        assert what in printed.getvalue()
+        assert f"/{total}" in printed.getvalue()
+
+
+def test_a_check_in_chunks_sees_every_tensor():
+    from fl_merge.offline.run import _chunks
+    from fl_merge.types import TensorSpec
+
+    specs = {str(n): TensorSpec((2**24,), torch.float32) for n in range(9)} | {"small": TensorSpec((), torch.float32)}
+    chunks = list(_chunks(specs))
+    assert [list(chunk) for chunk in chunks] == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["8", "small"]]
+    assert list(_chunks({})) == []
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
         ),
         (
             "models: [{model: math}]\nbase_model: base\nmerge_method: trimmed_mean",
-            "trimmed_mean(beta=0.1): found 1 model, wanted at least 10",
+            "trimmed_mean(beta=0.2): found 1 model, wanted at least 5",
         ),
         (
             TIES + "rules: [{match: '*norm*', merge_method: weighted_average}]\nparameters: {density: {math: 0.5}}",

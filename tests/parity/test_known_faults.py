@@ -2,8 +2,8 @@
 
 Each test states the faulty rule in a few lines of its own, shows on a worked example what it gives, and then what ours
 gives. Others stand with their methods: float32 distances that make Flower's Krum scores negative (test_flower_krum.py)
-and its Bulyan blind (test_flower_robust.py), SCE's weights that turn uniform for small deltas (methods/test_sce_pcb.py),
-draws that depend on what else is merged (methods/test_dare.py).
+and its Bulyan blind (test_flower_robust.py), SCE's weights that turn uniform for small deltas
+(methods/test_sce_pcb.py), draws that depend on what else is merged (methods/test_dare.py).
 """
 
 import math
