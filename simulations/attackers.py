@@ -30,9 +30,9 @@ import study
 from digits_clients import data, model
 from digits_clients.data import seeded
 from digits_clients.model import State
-from federation import HIDDEN, Attack, Local, accuracies, federate
-from fl_merge import METHODS, FlMergeError
-from rounds import Setting
+from federation import HIDDEN, Attack, Local, federate
+from fl_merge import METHODS
+from rounds import Setting, judged, tried
 from study import Row
 
 CLIENTS, BAD, ROUNDS, LAST, ALPHA = 15, 3, 8, 3, 0.5
@@ -110,23 +110,13 @@ ATTACKS: Mapping[str, Attack | None] = {
 
 def work(name: str, attack: str, seed: int, rounds: int) -> list[Row]:
     """A row for each setting of an aggregator; `chosen` is 1 for the one with the best validation accuracy."""
-    rows = []
-    for setting in AGGREGATORS[name]:
-        row = {"seed": seed, "attack": attack, "aggregator": name, "setting": str(setting), "chosen": 0}
-        try:
-            rows.append(row | run(setting, attack, seed, rounds))
-        except FlMergeError as problem:
-            rows.append(row | {"refused": str(problem)})
-    done = [row for row in rows if "refused" not in row]
-    if done:
-        max(done, key=lambda row: row["validation"])["chosen"] = 1
-    return rows
+    task = {"seed": seed, "attack": attack, "aggregator": name}
+    return tried(task, AGGREGATORS[name], lambda setting: run(setting, attack, seed, rounds))
 
 
 def run(setting: Setting, attack: str, seed: int, rounds: int) -> Row:
     """Accuracies of one federation under attack."""
     clients = [data.client(i, CLIENTS, setting="dirichlet", alpha=ALPHA, seed=seed) for i in range(CLIENTS)]
-    parts = data.split(seed)
     states = federate(
         model.random_state(seed, HIDDEN),
         clients,
@@ -138,12 +128,7 @@ def run(setting: Setting, attack: str, seed: int, rounds: int) -> Row:
         attack=ATTACKS[attack],
         bad=bad_clients(seed),
     )
-    sets = {"validation": data.examples(parts.validation), "test": data.examples(parts.test)}
-    found = accuracies(states, sets)
-    return {
-        **{name: sum(values[-LAST:]) / len(values[-LAST:]) for name, values in found.items()},
-        **{f"round {number}": value for number, value in enumerate(found["test"], start=1)},
-    }
+    return judged(states, seed, LAST)
 
 
 def bad_clients(seed: int) -> list[int]:

@@ -16,7 +16,8 @@ The network is that of the app with layers of 128 units in place of 512.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.console import Console
 
 import study
 from digits_clients import data, model
+from digits_clients.model import State
 from federation import HIDDEN, Local, accuracies, federate
 from fl_merge import METHODS, FlMergeError, build
 from fl_merge.clipping import clip_norm
@@ -74,23 +76,31 @@ TUNED: Mapping[str, tuple[Mapping[str, float], ...]] = {
     "tsv_m": grid("scale", (0.25, 0.5, 1.0, 2.0)),
     "iso_c": grid("scale", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
     "wudi": grid("ridge", (0.01, 0.1, 1.0, 10.0, 100.0)),
-    "regmean": grid("ridge", (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)),
+    "regmean": grid("ridge", (0.0, 0.001, 0.01, 0.1, 1.0, 10.0, 100.0)),
 }
 """Methods with a setting that is tuned, and the values to choose from: wide enough that the best is inside."""
 
 OPTIMIZED: Mapping[str, Mapping[str, float]] = {"ties": {}, "iso_c": {"scale": 1.0}}
 """Methods that are run inside server optimizers, at which settings."""
 
-MOMENTA = [
-    {"name": "momentum", "lr": lr, "beta": beta}
-    for beta, rates in ((0.5, (0.25, 0.5, 1.0, 2.0, 4.0)), (0.9, (0.1, 0.3, 1.0, 3.0)))
-    for lr in rates
-]
-ADAMS = [
-    {"name": "adam", "lr": lr, "tau": tau}
-    for tau, rates in ((1e-3, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)), (1e-2, (0.03, 0.1, 0.3, 1.0)))
-    for lr in rates
-]
+Optimizer = Mapping[str, float | str]
+
+
+def momenta(*grids: tuple[float, Sequence[float]]) -> list[Optimizer]:
+    """Momentum at each beta with each of its learning rates."""
+    return [{"name": "momentum", "lr": lr, "beta": beta} for beta, rates in grids for lr in rates]
+
+
+def adams(*grids: tuple[float, Sequence[float]]) -> list[Optimizer]:
+    """Adam at each tau with each of its learning rates."""
+    return [{"name": "adam", "lr": lr, "tau": tau} for tau, rates in grids for lr in rates]
+
+
+MOMENTA = momenta((0.5, (0.25, 0.5, 1.0, 2.0, 4.0)), (0.9, (0.1, 0.3, 1.0, 3.0)))
+MOMENTA_OF = {"ties": MOMENTA, "iso_c": momenta((0.5, (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)), (0.9, (0.1, 0.3, 1.0, 3.0)))}
+ADAMS_OF = adams((1e-3, (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)))
+ADAMS = [*ADAMS_OF, *adams((1e-2, (0.03, 0.1, 0.3, 1.0)))]
+"""Of the average, and of methods that have a size of their own. Iso-C wants longer steps."""
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
 
@@ -137,8 +147,8 @@ def aggregators(methods: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
             found[f"{name}, tuned"] = tuple(Setting(name, parameters) for parameters in choices)
     for name, parameters in OPTIMIZED.items():
         if name in methods:
-            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in MOMENTA)
-            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in ADAMS[:6])
+            found[f"{name} + momentum, tuned"] = tuple(Setting(name, parameters, each) for each in MOMENTA_OF[name])
+            found[f"{name} + adam, tuned"] = tuple(Setting(name, parameters, each) for each in ADAMS_OF)
     return found
 
 
@@ -146,12 +156,24 @@ def aggregators(methods: Sequence[str]) -> dict[str, tuple[Setting, ...]]:
 
 
 def one_aggregator(name: str, settings: Sequence[Setting], alpha: float, seed: int, rounds: int) -> list[Row]:
-    """A row for each setting; `chosen` is 1 for the one with the best validation accuracy, the first of equals."""
+    """A row for each setting, as `tried`."""
+    task = {"seed": seed, "alpha": alpha, "aggregator": name}
+    return tried(task, settings, lambda setting: run(setting, alpha, seed, rounds))
+
+
+def tried(task: Row, settings: Sequence[Setting], found: Callable[[Setting], Row]) -> list[Row]:
+    """A row for each setting; `chosen` is 1 for the one with the best validation accuracy, the first of equals.
+
+    Args:
+        task: what the rows have in common.
+        settings: to choose from.
+        found: what comes of a setting, `validation` in it.
+    """
     rows = []
     for setting in settings:
-        row = {"seed": seed, "alpha": alpha, "aggregator": name, "setting": str(setting), "chosen": 0}
+        row = task | {"setting": str(setting), "chosen": 0}
         try:
-            rows.append(row | run(setting, alpha, seed, rounds))
+            rows.append(row | found(setting))
         except FlMergeError as problem:
             rows.append(row | {"refused": str(problem)})
     done = [row for row in rows if "refused" not in row]
@@ -161,9 +183,7 @@ def one_aggregator(name: str, settings: Sequence[Setting], alpha: float, seed: i
 
 
 def run(setting: Setting, alpha: float, seed: int, rounds: int) -> Row:
-    """Accuracies of one federation: on validation and test images over the last rounds, and on test images in each."""
-    validation = data.examples(data.split(seed).validation)
-    test = data.examples(data.split(seed).test)
+    """Accuracies of one federation."""
     clients = [data.client(i, CLIENTS, setting="dirichlet", alpha=alpha, seed=seed) for i in range(CLIENTS)]
     states = federate(
         model.random_state(seed, HIDDEN),
@@ -174,17 +194,22 @@ def run(setting: Setting, alpha: float, seed: int, rounds: int) -> Row:
         seed=seed,
         sends=METHODS[setting.method].sends,
     )
-    found = accuracies(states, {"validation": validation, "test": test})
+    return judged(states, seed, LAST)
+
+
+def judged(states: Iterator[State], seed: int, last: int) -> Row:
+    """Accuracies on validation and test images over the last so many rounds, and on test images in each."""
+    parts = data.split(seed)
+    found = accuracies(states, {"validation": data.examples(parts.validation), "test": data.examples(parts.test)})
     return {
-        "validation": last(found["validation"]),
-        "test": last(found["test"]),
+        **{name: mean(values[-last:]) for name, values in found.items()},
         **{f"round {number}": value for number, value in enumerate(found["test"], start=1)},
     }
 
 
-def last(values: Sequence[float]) -> float:
-    """The mean of the last rounds."""
-    return sum(values[-LAST:]) / len(values[-LAST:])
+def mean(values: Sequence[float]) -> float:
+    """Their sum divided by their number."""
+    return sum(values) / len(values)
 
 
 def centralised(alpha: float, seed: int, rounds: int) -> list[Row]:
@@ -246,6 +271,9 @@ def tables(rows: Sequence[Row], rounds: int) -> str:
         parts.append("\n".join(f"- {name}: {why}" for name, why in refused.items()))
     parts.append("How often each setting was chosen:")
     parts.append("\n".join(choices(rows)))
+    found = edges(rows)
+    told = ", ".join(f"{name} ({count})" for name, count in found.items()) if found else "none"
+    parts.append(f"How often the best was at an end of the grid that it was chosen from: {told}.")
     return "\n\n".join(parts)
 
 
@@ -265,6 +293,27 @@ def choices(rows: Sequence[Row]) -> list[str]:
             counts = [(setting, len(study.where(own, setting=setting, chosen=1))) for setting in settings]
             lines.append(f"- {name}: " + ", ".join(f"{setting} ({count})" for setting, count in counts if count))
     return lines
+
+
+def edges(rows: Sequence[Row]) -> dict[str, int]:
+    """For each aggregator: how often the smallest or the largest of the values that are varied was chosen.
+
+    A learning rate is varied for each beta or tau, any other setting by itself; 0, where a range begins, is no end.
+    """
+    found: dict[str, int] = {}
+    for name in dict.fromkeys(row["aggregator"] for row in rows):
+        own = study.where(rows, aggregator=name)
+        grids: dict[str, dict[float, str]] = {}
+        for setting in dict.fromkeys(row["setting"] for row in own):
+            varied = re.search(r"\blr=(\S+)", setting) or re.search(r"\b\w+=(\S+)", setting)
+            if varied:
+                rest = setting[: varied.start()] + setting[varied.end() :]
+                grids.setdefault(rest, {})[float(varied[1])] = setting
+        ends = {each[at(each)] for each in grids.values() if len(each) > 1 for at in (min, max) if at(each) != 0}
+        count = sum(len(study.where(own, setting=setting, chosen=1)) for setting in ends)
+        if count:
+            found[name] = count
+    return found
 
 
 def plot(rows: Sequence[Row], rounds: int, path: Path) -> None:

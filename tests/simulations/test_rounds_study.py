@@ -12,7 +12,8 @@ def test_every_method_named_is_registered_and_every_setting_can_be_built():
     assert set(rounds.DEFAULTS) < set(found)
     tried = [setting for settings in found.values() for setting in settings]
     assert all(isinstance(s.build(), ServerOptimized) == bool(s.optimizer) for s in tried)
-    assert len(found[rounds.FEDAVGM]) == len(found[rounds.FEDADAM]) == 4
+    assert len(found[rounds.FEDAVGM]) == 9
+    assert len(found[rounds.FEDADAM]) == 10
 
 
 def test_the_setting_with_the_best_validation_accuracy_is_chosen_whatever_the_test_says(monkeypatch):
@@ -28,9 +29,13 @@ def test_the_setting_with_the_best_validation_accuracy_is_chosen_whatever_the_te
     assert [row["chosen"] for row in rows] == [0, 1, 0]
 
 
-def test_the_last_rounds_are_averaged():
-    assert rounds.last([0.0, 1.0, 0.5, 0.5, 0.5, 0.5]) == pytest.approx(0.6)
-    assert rounds.last([0.2, 0.4]) == pytest.approx(0.3)
+def test_the_last_rounds_are_averaged(monkeypatch):
+    found = {"validation": [0.0, 1.0, 0.5, 0.5, 0.5, 0.5], "test": [0.2, 0.4, 0.2, 0.4, 0.2, 0.4]}
+    monkeypatch.setattr(rounds, "accuracies", lambda states, sets: found)
+    row = rounds.judged(iter([]), 0, 5)
+    assert row["validation"] == pytest.approx(0.6)
+    assert row["test"] == pytest.approx(0.32)
+    assert [row[f"round {number}"] for number in range(1, 7)] == found["test"]
 
 
 def test_a_method_that_the_cohort_is_too_small_for_is_listed_as_refused():
@@ -47,6 +52,25 @@ def test_a_method_that_the_cohort_is_too_small_for_is_listed_as_refused():
     assert line in text
     assert text.index("| iso_c") < text.index("| FedAvgM, tuned") < text.index("| FedAvg |")
     assert "- bulyan: bulyan: found 5 clients, wanted at least 7" in text
+
+
+def test_what_was_chosen_at_an_end_of_its_grid_is_counted():
+    def rows(name, chosen, *settings):
+        return [{"aggregator": name, "setting": each, "chosen": int(each == chosen)} for each in settings]
+
+    momenta = [
+        f"scale=1.0 momentum lr={lr} beta={beta}" for beta, lr in ((0.5, 1.0), (0.5, 2.0), (0.9, 0.1), (0.9, 1.0))
+    ]
+    all_rows = [
+        *rows("FedAvg", "", ""),
+        *rows("a", "scale=0.5", "scale=0.25", "scale=0.5", "scale=1.0"),
+        *rows("b", "scale=1.0", "scale=0.25", "scale=0.5", "scale=1.0"),
+        *rows("b", "scale=0.25", "scale=0.25", "scale=0.5", "scale=1.0"),
+        *rows("ridge", "ridge=0.0", "ridge=0.0", "ridge=0.1", "ridge=1.0"),
+        *rows("in momentum", momenta[1], *momenta, "scale=1.0 momentum lr=4.0 beta=0.5"),
+        *rows("in momentum", momenta[3], *momenta, "scale=1.0 momentum lr=4.0 beta=0.5"),
+    ]
+    assert rounds.edges(all_rows) == {"b": 2, "in momentum": 1}
 
 
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
