@@ -103,6 +103,8 @@ ADAMS = [*ADAMS_OF, *adams((1e-2, (0.03, 0.1, 0.3, 1.0)))]
 """Of the average, and of methods that have a size of their own. Iso-C wants longer steps."""
 
 FEDAVG, FEDAVGM, FEDADAM, CENTRALISED = "FedAvg", "FedAvgM, tuned", "FedAdam, tuned", "centralised"
+AGAINST = {FEDAVG: FEDAVG, FEDAVGM: "tuned FedAvgM", FEDADAM: "tuned FedAdam", CENTRALISED: CENTRALISED}
+"""What every row of the tables is compared with, and how the heading says it."""
 
 
 @dataclass(frozen=True)
@@ -253,16 +255,15 @@ def tables(rows: Sequence[Row], rounds: int) -> str:
         values = {name: study.where(chosen, aggregator=name) for name in dict.fromkeys(r["aggregator"] for r in chosen)}
         seeds = len(values[FEDAVG])
         last_rounds = {name: study.by_seed(found, "test", 100) for name, found in values.items() if len(found) == seeds}
+        others = [name for name in AGAINST if name in last_rounds]
         lines = []
         for name, found in last_rounds.items():
-            against = [
-                "" if name == other else study.paired(found, last_rounds[other]).signed() for other in (FEDAVG, FEDAVGM)
-            ]
+            against = ["" if name == other else study.paired(found, last_rounds[other]).signed() for other in others]
             ends = [mean_of(values[name], f"round {number}") for number in (min(5, rounds), rounds)]
             lines.append((sum(found.values()), [name, str(study.bootstrap(list(found.values()))), *ends, *against]))
         lines.sort(key=lambda line: -line[0])
         headings = [f"last {LAST} rounds %", f"round {min(5, rounds)} %", f"round {rounds} %"]
-        headings += ["against FedAvg", "against tuned FedAvgM"]
+        headings += [f"against {AGAINST[name]}" for name in others]
         parts.append(f"Dirichlet {alpha}:")
         parts.append(study.markdown(["aggregator", *headings], [line for _, line in lines]))
     refused = {row["aggregator"]: row["refused"] for row in rows if row.get("refused")}

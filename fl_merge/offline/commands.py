@@ -208,8 +208,8 @@ def show_adapters(found: AdapterPlan, *, tensors: bool) -> None:
         out.print(f"    {escape(name)}{many}: {size}, {becomes}", highlight=False, soft_wrap=True)
     what = found.estimate
     out.print(
-        f"\nreads {_size(what.read)} of {len(found.weights)} adapters, writes {what.tensors} tensors, at most "
-        f"{_size(what.written)}; about {_size(what.memory)} of memory",
+        f"\nreads {_size(what.read)} of {counted(len(found.weights), 'adapter')}, writes "
+        f"{counted(what.tensors, 'tensor')}, at most {_size(what.written)}; about {_size(what.memory)} of memory",
         highlight=False,
     )
     for note in found.notes:

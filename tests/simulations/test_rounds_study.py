@@ -46,10 +46,13 @@ def test_a_method_that_the_cohort_is_too_small_for_is_listed_as_refused():
         ]
 
     few = rows("bulyan", [0, 0], chosen=0, refused="bulyan: found 5 clients, wanted at least 7")
-    all_rows = [*rows(rounds.FEDAVG, [0.5, 0.7]), *rows(rounds.FEDAVGM, [0.6, 0.7]), *rows("iso_c", [0.9, 0.9]), *few]
+    baselines = [*rows(rounds.FEDAVG, [0.5, 0.7]), *rows(rounds.FEDAVGM, [0.6, 0.7]), *rows(rounds.FEDADAM, [0.7, 0.8])]
+    all_rows = [*baselines, *rows("iso_c", [0.9, 0.9]), *rows(rounds.CENTRALISED, [0.95, 0.99]), *few]
     text = rounds.tables(all_rows, 2)
-    line = "| iso_c | 90.0 [90.0, 90.0] | 90.0 | 90.0 | +30.0 [+20.0, +40.0] | +25.0 [+20.0, +30.0] |"
+    line = "| iso_c | 90.0 [90.0, 90.0] | 90.0 | 90.0 | +30.0 [+20.0, +40.0] | +25.0 [+20.0, +30.0] | "
+    line += "+15.0 [+10.0, +20.0] | -7.0 [-9.0, -5.0] |"
     assert line in text
+    assert " | against FedAvg | against tuned FedAvgM | against tuned FedAdam | against centralised |" in text
     assert text.index("| iso_c") < text.index("| FedAvgM, tuned") < text.index("| FedAvg |")
     assert "- bulyan: bulyan: found 5 clients, wanted at least 7" in text
 
