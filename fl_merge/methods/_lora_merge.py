@@ -22,6 +22,7 @@ Space = Literal["full", "knots", "core"]
     identity={"method": "weighted_average"},
     base=False,
     merges="adapters",
+    clients=lambda method, settings, **_: _inner(method, settings).clients,
 )
 def lora_merge(
     *,
@@ -58,7 +59,7 @@ def lora_merge(
     PEFT's `ties` prunes and elects on A and B separately, which is not TIES on what the adapters do; its `ties_svd`
     is `full`.
     """
-    inner = method if isinstance(method, Method) else _built(method, settings)
+    inner = _inner(method, settings)
     if isinstance(method, Method) and settings:
         raise RecipeError(f"parameter 'settings' of lora_merge: found {dict(settings)!r}, wanted none beside {method}")
     sends = _sends(inner)
@@ -129,9 +130,12 @@ class _ModelSums:
         return self._known[id(compute)]
 
 
-def _built(name: str, settings: Mapping[str, Any] | None) -> Method:
+def _inner(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
+    """The method that runs on the products, by itself or by its name."""
+    if isinstance(method, Method):
+        return method
     try:
-        return build(name, **(settings or {}))
+        return build(method, **(settings or {}))
     except RecipeError as error:
         raise RecipeError(f"parameter 'method' of lora_merge: {error}") from None
 
