@@ -13,6 +13,9 @@
 
 A phase whose method changes the structure is one round like any other: clients train the model as it was, and what
 they send is merged to one of another structure, from which the next phase starts.
+
+The first phase may merge LoRA adapters (`phase(lora_svd(), rounds=3)`). When it ends the adapter is folded into the
+model that it belongs to (`FedMerge(base=...)`), with which the later phases go on.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fl_merge.errors import MergeError, RecipeError, counted
+from fl_merge.exchange import exchange_of
 from fl_merge.hyperparameters import whole_number
 from fl_merge.method import METHODS, Method, as_method
 from fl_merge.structures import reconfigure
@@ -59,6 +63,11 @@ class Phase:
         return changes_structure(self.method)
 
     @property
+    def merges_adapters(self) -> bool:
+        """Whether clients exchange LoRA adapters instead of the model."""
+        return exchange_of(self.method) is not None
+
+    @property
     def trains_all(self) -> bool:
         """Whether clients train all of the model."""
         return self.train == ALL
@@ -80,7 +89,8 @@ def phase(
     """Rounds that do the same.
 
     Args:
-        method: how they merge. One that changes the structure (`moe_upcycle`, `depth_upscale`, ...) has one round.
+        method: how they merge. One that changes the structure (`moe_upcycle`, `depth_upscale`, ...) has one round. One
+            for LoRA adapters has its place at the beginning.
         rounds: how many; None for all that are left of the run.
         train: what clients train and send: "all", "router" (of a mixture of experts), a glob on names of tensors, or
             several of these. All else keeps its value.
@@ -97,10 +107,11 @@ def phase(
         raise RecipeError(f"train: found {train!r}, wanted 'all', 'router', or globs on names of tensors")
     if "all" in globs and globs != ALL:
         raise RecipeError(f"train: found {list(globs)!r}, wanted 'all' alone, or parts of the model")
-    if isinstance(merge, Method) and merge.name in METHODS and METHODS[merge.name].merges == "adapters":
-        raise RecipeError(
-            f"found {merge}, which merges adapters; wanted a method for models: a run has one or the other"
-        )
+    exchange = exchange_of(merge)
+    if exchange is not None and globs != ALL:
+        raise RecipeError(f"train: found {train!r} with {merge}, in whose rounds clients train their adapters")
+    if exchange is not None and exchange.share == "A":
+        raise RecipeError(f"found {merge}, with which each client keeps a B of its own: there is no adapter to fold")
     settings = dict(config or {})
     for key, value in settings.items():
         if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
@@ -161,6 +172,11 @@ class Schedule:
         return round_number == 1 or self.number_at(round_number) != self.number_at(round_number - 1)
 
     @property
+    def folds(self) -> bool:
+        """Whether it begins with adapters, which are folded into their model for the phases after them."""
+        return self.phases[0].merges_adapters and len(self.phases) > 1
+
+    @property
     def total(self) -> int | None:
         """The number of rounds; None if the last phase has all that are left."""
         return None if self.phases[-1].rounds is None else self._fewest()
@@ -186,20 +202,21 @@ class Schedule:
             )
 
     def require_whole_models(self, who: str) -> None:
-        """Refuse phases that train a part of the model or change its structure.
+        """Refuse phases that train a part of the model or an adapter, or change the model's structure.
 
         Raises:
             RecipeError: if there is one.
         """
         for number, each in enumerate(self.phases, start=1):
-            if not each.trains_all or each.changes_structure:
+            if not each.trains_all or each.changes_structure or (self.folds and each.merges_adapters):
                 raise RecipeError(f"{who}: it is for whole models of one structure, found phase {number}: {each}")
 
     def check(self, tensors: Mapping[str, TensorSpec], architecture: Mapping[str, Any] | None = None) -> None:
         """Plan every phase on what the phases before it make, as far as that can be known before clients have replied.
 
         Args:
-            tensors: of the model that the run starts from, tied names left out.
+            tensors: of the model that the run starts from, tied names left out; where it begins with adapters, of the
+                model that they belong to. The rounds of the adapters are not planned here.
             architecture: its config, where it is known.
 
         Raises:
@@ -208,6 +225,8 @@ class Schedule:
         specs: Mapping[str, TensorSpec] = tensors
         config = dict(architecture or {})
         for number, each in enumerate(self.phases, start=1):
+            if each.merges_adapters:
+                continue
             try:
                 names = trained_names(each.train, specs)
                 clients, made = _planned(each.method, {name: specs[name] for name in names})
@@ -232,7 +251,8 @@ def schedule(phases: Sequence[Phase]) -> Schedule:
         phases: made by `phase`. Each begins where the one before ends; a server optimizer begins anew in each.
 
     Raises:
-        RecipeError: naming the phase that has no number of rounds and is not the last, or that is no phase.
+        RecipeError: naming the phase that has no number of rounds and is not the last, that is no phase, or that merges
+            adapters after the first or without another after it.
     """
     if not phases:
         raise RecipeError("phases: found none, wanted one or more")
@@ -241,6 +261,16 @@ def schedule(phases: Sequence[Phase]) -> Schedule:
             raise RecipeError(f"phase {number}: found {each}, wanted phase(method, rounds=...)")
         if each.rounds is None and number < len(phases):
             raise RecipeError(f"phase {number}: found no number of rounds, which only the last phase may leave out")
+        if each.merges_adapters and number > 1:
+            raise RecipeError(
+                f"phase {number}: found {each.method}, which merges adapters; wanted it as the first phase: after that "
+                "clients have the model and no adapter"
+            )
+    if phases[0].merges_adapters and len(phases) == 1:
+        raise RecipeError(
+            f"phases: found {phases[0].method} alone, which merges adapters; wanted phases for the model that they are "
+            "folded into, or the method without phases"
+        )
     return Schedule(tuple(phases))
 
 

@@ -1,5 +1,6 @@
 """LoRA adapters in and out, in PEFT's format, and their merge, without the model that they belong to."""
 
+from fl_merge.adapters.base import BaseModel
 from fl_merge.adapters.config import AdapterConfig
 from fl_merge.adapters.folder import TENSORS as ADAPTER_FILE
 from fl_merge.adapters.folder import Adapter, is_adapter, load_adapter, require_free
@@ -11,6 +12,7 @@ __all__ = [
     "ADAPTER_FILE",
     "Adapter",
     "AdapterConfig",
+    "BaseModel",
     "FoldedSource",
     "MergedAdapter",
     "experts_apart",

@@ -19,7 +19,7 @@ from fl_merge.errors import RecipeError
 from fl_merge.execute import MergeReport, execute
 from fl_merge.pairs import Pair, factors, pairs_of
 from fl_merge.shapes import Copy
-from fl_merge.store import SafetensorsSink, SafetensorsSource
+from fl_merge.store import MemorySink, SafetensorsSink, SafetensorsSource
 from fl_merge.types import (
     BASE,
     Cohort,
@@ -61,7 +61,7 @@ def fold(
     """
     given = [adapters] if isinstance(adapters, Adapter) else list(adapters)
     source = SafetensorsSource(base)
-    refuse_quantised(source.specs(), Path(base))
+    refuse_quantised(source.specs(), f"'{base}'", _config_of(Path(base)))
     updates = tuple(Update(str(at), 1.0, adapter.plain) for at, adapter in enumerate(given))
     report = execute(
         _Fold([adapter.config for adapter in given], dtype, _config_of(Path(base))),
@@ -72,22 +72,68 @@ def fold(
     return report
 
 
-def refuse_quantised(specs: Mapping[str, TensorSpec], base: Path) -> None:
+def fold_into(
+    base: TensorSource, adapters: Sequence[TensorSource], config: AdapterConfig, model: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    """A model's tensors with adapters added to them, in float32 (float64 of a base in that).
+
+    Args:
+        base: the model.
+        adapters: plain factors (scaling 1).
+        config: of them all.
+        model: the base's config.json; None where it is not known.
+
+    Raises:
+        RecipeError: as `require_places`.
+        MergeError: if a value is not finite.
+    """
+    updates = tuple(Update(str(at), 1.0, adapter) for at, adapter in enumerate(adapters))
+    sink = MemorySink()
+    execute(_Fold([config] * len(adapters), None, model), Cohort(base, updates), sink, master=True)
+    return sink.tensors
+
+
+def require_places(
+    tensors: Mapping[str, TensorSpec],
+    adapter: Mapping[str, TensorSpec],
+    config: AdapterConfig,
+    model: Mapping[str, Any] | None,
+) -> None:
+    """Refuse an adapter that is not of this model.
+
+    Args:
+        tensors: the model's.
+        adapter: plain factors.
+        config: of the adapter.
+        model: the base's config.json; None where it is not known.
+
+    Raises:
+        RecipeError: if the model does not have a module's weight, or has it in another shape.
+    """
+    _Places.of(tensors, adapter, config, model)
+
+
+def refuse_quantised(specs: Mapping[str, TensorSpec], where: str, config: Mapping[str, Any] | None) -> None:
     """Refuse a checkpoint of quantised weights: the rounding of what is folded in would be larger than that.
+
+    Args:
+        specs: of its tensors.
+        where: what it is called.
+        config: its config.json; None where it is not known.
 
     Raises:
         RecipeError: naming the tensor, or the configuration's entry.
     """
-    if (_config_of(base) or {}).get("quantization_config"):
+    if (config or {}).get("quantization_config"):
         raise RecipeError(
-            f"'{base}' is quantised (quantization_config in its config.json): an adapter cannot be folded into it; "
+            f"{where} is quantised (quantization_config in its config.json): an adapter cannot be folded into it; "
             "carry it as an adapter"
         )
     for name, spec in specs.items():
         narrow = spec.dtype.itemsize == 1 and (spec.is_floating or (name.endswith(".weight") and len(spec.shape) > 1))
         if narrow or name.rpartition(".")[2] in _QUANTISED:
             raise RecipeError(
-                f"'{base}' is quantised (tensor '{name}', {spec}): an adapter cannot be folded into it; carry it as an "
+                f"{where} is quantised (tensor '{name}', {spec}): an adapter cannot be folded into it; carry it as an "
                 "adapter"
             )
 
@@ -189,7 +235,7 @@ class FoldedSource:
     """
 
     def __init__(self, base: TensorSource, adapter: Adapter, where: Path) -> None:
-        refuse_quantised(base.specs(), where)
+        refuse_quantised(base.specs(), f"'{where}'", _config_of(where))
         self._base, self._adapter = base, adapter
         self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config, _config_of(where))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fl_merge.flower.records import ARCHITECTURE_KEY, STATISTICS_KEY, TRAIN_KEY
+from fl_merge.flower.records import ARCHITECTURE_KEY, EXCHANGE_KEY, STATISTICS_KEY, TRAIN_KEY
 from fl_merge.phases import Phase
 from fl_merge.rounds import asked_statistics
 
@@ -17,7 +17,13 @@ logger = logging.getLogger("flwr")
 
 
 def told(
-    config: ConfigRecord, server_round: int, phase: Phase, architecture: Mapping[str, Any], *, train: bool
+    config: ConfigRecord,
+    server_round: int,
+    phase: Phase,
+    architecture: Mapping[str, Any],
+    *,
+    train: bool,
+    exchange: str = "",
 ) -> ConfigRecord:
     """The config of one round's messages.
 
@@ -27,6 +33,7 @@ def told(
         phase: to which the round belongs.
         architecture: of the model that is sent; empty for not known.
         train: whether it goes with a message to train.
+        exchange: "adapter" or "weights", of a run that has both.
     """
     settings = config.copy()
     for key, value in phase.config.items():
@@ -34,6 +41,8 @@ def told(
     settings["server-round"] = server_round
     if architecture:
         settings[ARCHITECTURE_KEY] = json.dumps(architecture, sort_keys=True)
+    if exchange:
+        settings[EXCHANGE_KEY] = exchange
     statistics = asked_statistics(phase.method)
     if train and statistics:
         settings[STATISTICS_KEY] = ",".join(statistics)
@@ -42,9 +51,11 @@ def told(
     return settings
 
 
-def asked_for(phase: Phase, architecture: Mapping[str, Any]) -> str:
+def asked_for(phase: Phase, architecture: Mapping[str, Any], exchange: str = "") -> str:
     """What clients were asked for, in words, for one whose tensors do not fit; empty if that is nothing special."""
     parts = []
+    if exchange and phase.trains_all:
+        parts.append(f"{'an adapter' if exchange == 'adapter' else 'all weights'} ({EXCHANGE_KEY})")
     if not phase.trains_all:
         parts.append(f"{', '.join(phase.train)} alone ({TRAIN_KEY})")
     if architecture:

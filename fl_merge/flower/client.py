@@ -26,6 +26,7 @@ from fl_merge.errors import DecodeError
 from fl_merge.exchange import FITTED, fit
 from fl_merge.flower.records import (
     ARCHITECTURE_KEY,
+    EXCHANGE_KEY,
     STATISTICS_KEY,
     STATISTICS_RECORD,
     TRAIN_KEY,
@@ -111,6 +112,19 @@ def architecture_of(message: Message) -> dict[str, Any] | None:
     """
     text = _said(message, ARCHITECTURE_KEY)
     return dict(json.loads(text)) if text else None
+
+
+def exchanges_adapter(message: Message, default: bool) -> bool:
+    """Whether the message holds a LoRA adapter, and wants one back, or the whole model.
+
+    A run may begin with adapters and go on with the model that they were folded into (`fl_merge.phases`).
+
+    Args:
+        message: from the server.
+        default: what holds for a server that does not say, because it does the same in all rounds.
+    """
+    said = _said(message, EXCHANGE_KEY)
+    return said == "adapter" if said else default
 
 
 def trained_of(message: Message, names: Iterable[str]) -> list[str]:

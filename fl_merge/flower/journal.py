@@ -95,6 +95,10 @@ class Journal(Watcher):
             config=phase.config,
         )
 
+    def adapter_folded(self, round_number: int, modules: int, model: GlobalModel) -> None:
+        self._folder.record("adapter_folded", round=round_number, modules=modules)
+        self._adapter = None  # the folder keeps the adapter that was folded in
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._folder.record("round_started", round=round_number, sampled=sampled)
 

@@ -94,6 +94,9 @@ class Live(Watcher):
         train = "" if phase.trains_all else f", clients train {', '.join(phase.train)}"
         self._console.print(f"phase {number}: {escape(str(phase.method) + train)}", highlight=False, soft_wrap=True)
 
+    def adapter_folded(self, round_number: int, modules: int, model: GlobalModel) -> None:
+        self._console.print(f"  the adapter ({counted(modules, 'module')}) is folded into the base", highlight=False)
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         self._round_started = time.perf_counter()
         self._bytes = {"train": 0, "evaluate": 0}
@@ -129,19 +132,31 @@ class Live(Watcher):
         text = _metrics(evaluation.metrics)
         if text:
             self._console.print(f"  clients: {text}", highlight=False, soft_wrap=True)
+        self._lists(evaluation.metrics)
         for refusal in evaluation.refused:
             self._console.print(
                 f"  [yellow]no evaluation[/yellow] {escape(str(refusal))}", highlight=False, soft_wrap=True
             )
 
     def server_evaluated(self, round_number: int, metrics: Mapping[str, Any]) -> None:
-        parts = {key: value for key, value in metrics.items() if "/" in key}
+        parts = {key: value for key, value in metrics.items() if "/" in key and not isinstance(value, list)}
         whole = {key: value for key, value in metrics.items() if "/" not in key}
         head = "initial model" if round_number == 0 else "  server"
         self._console.print(f"{head}: {_metrics(whole)}", highlight=False, soft_wrap=True)
         if parts:
             short = {key.rpartition("/")[2]: value for key, value in parts.items()}
             self._console.print(f"    [dim]{_metrics(short)}[/dim]", highlight=False, soft_wrap=True)
+        self._lists(metrics)
+
+    def _lists(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics of several numbers (each expert's load), a line for all parts of one name."""
+        rows: dict[str, list[str]] = {}
+        for key, value in metrics.items():
+            if isinstance(value, list):
+                name, _, part = key.partition("/")
+                rows.setdefault(name, []).append(" ".join([part, *(f"{number:.2f}" for number in value)]).strip())
+        for name, texts in rows.items():
+            self._console.print(f"    [dim]{name}: {' | '.join(texts)}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _who(report: RoundReport) -> str:

@@ -38,6 +38,12 @@ class Phasing:
             return None
         return self.schedule.number_at(server_round), self.phase(server_round)
 
+    def exchange(self, server_round: int) -> str:
+        """What clients are told to exchange in a round: "adapter" or "weights"; "" of a run that has only one."""
+        if not self.schedule.folds:
+            return ""
+        return "adapter" if self.phase(server_round).merges_adapters else "weights"
+
     def keeping(self, server_round: int) -> Keeping:
         """Where the updates of a round are kept."""
         return self._keeping[self.schedule.number_at(server_round) - 1]

@@ -21,6 +21,10 @@ ARCHITECTURE_KEY = "fl-merge.architecture"
 TRAIN_KEY = "fl-merge.train"
 """In the config of a message to train: what the client trains and sends, where that is not all ("router", globs)."""
 
+EXCHANGE_KEY = "fl-merge.exchange"
+"""In the config of every message of a run that begins with adapters: "adapter" while they are exchanged, "weights" once
+they are folded into the model."""
+
 STATISTICS_RECORD = "statistics"
 """The name of the ArrayRecord in which a client sends them."""
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fl_merge.errors import RecipeError
-from fl_merge.exchange import exchange_of
 from fl_merge.model import GlobalModel
 from fl_merge.pairs import RESIDUAL
 from fl_merge.phases import Phase, as_schedule
 from fl_merge.recipe import Recipe
 from fl_merge.runs.checkpoint import Checkpoint
-from fl_merge.types import MergeMethod
+from fl_merge.types import MergeMethod, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,14 @@ class Resumption:
     folder: Path
     force: bool = False
 
-    def read(self, method: MergeMethod, seed: int, initial: GlobalModel, num_rounds: int) -> Checkpoint:
+    def read(
+        self, method: MergeMethod, seed: int, wanted_specs: Callable[[bool], Mapping[str, TensorSpec]], num_rounds: int
+    ) -> Checkpoint:
         """The checkpoint, if a run with these settings can go on from it.
 
         Args:
             method, seed: of the run that goes on.
-            initial: the model that it would start from.
+            wanted_specs: what its clients would be sent, whether they exchange adapters or not.
             num_rounds: the number of its last round.
 
         Raises:
@@ -55,10 +56,12 @@ class Resumption:
             raise RecipeError(f"{where}: the run merges with {checkpoint.method}, found {method}{advice}")
         if seed != checkpoint.seed:
             raise RecipeError(f"{where}: the run has seed {checkpoint.seed}, found {seed}{advice}")
-        if any(each.changes_structure for each in phases_done(method, checkpoint.round_number)):
+        done = phases_done(method, checkpoint.round_number)
+        if any(each.changes_structure for each in done):
             return checkpoint  # its tensors are not those that the run began with
-        wanted, found = checkpoint.model.specs(), initial.specs()
-        if exchange_of(method) is not None:  # an adapter's ranks may have changed
+        adapter = done[-1].merges_adapters
+        wanted, found = checkpoint.model.specs(), wanted_specs(adapter)
+        if adapter:  # whose ranks may have changed
             wanted = {name: found.get(name, spec) for name, spec in wanted.items() if not name.startswith(RESIDUAL)}
         for name in [*wanted, *found]:
             if wanted.get(name) != found.get(name):

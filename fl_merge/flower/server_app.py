@@ -24,14 +24,15 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fl_merge.adapters import is_adapter, load_adapter
+from fl_merge.adapters import BaseModel, is_adapter, load_adapter
 from fl_merge.errors import RecipeError
-from fl_merge.exchange import PLAIN, exchange_of
+from fl_merge.exchange import PLAIN
 from fl_merge.flower.journal import Journal
 from fl_merge.flower.records import ARCHITECTURE_KEY, to_record, to_tensors
 from fl_merge.flower.resume import Resumption, goes_on_in, resuming, resumption_here
 from fl_merge.flower.strategy import FedMerge
 from fl_merge.flower.watch import Watcher
+from fl_merge.phases import as_schedule
 from fl_merge.recipe import Recipe
 from fl_merge.store import load, tied_names
 from fl_merge.tuning import Tuner
@@ -46,6 +47,7 @@ SETTINGS: dict[str, bool | int | float | str] = {
     "clip-norm": "",
     "server-optimizer": "",
     "initial-model": "",
+    "base-model": "",
     "num-server-rounds": 3,
     "fraction-train": 1.0,
     "fraction-evaluate": 1.0,
@@ -70,28 +72,32 @@ SETTINGS: dict[str, bool | int | float | str] = {
 
 def make_server_app(
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
-    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float | list[float]]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
     architecture: Callable[[Config], Mapping[str, Any]] | None = None,
     adapter_config: Callable[[Config], Mapping[str, Any]] | None = None,
+    base: Callable[[Config], BaseModel] | None = None,
 ) -> ServerApp:
     """A ServerApp that runs `FedMerge` as the run config says; the keys are those of `SETTINGS`.
 
     Args:
         initial: from the run config to the initial state dict; by default `initial-model` names it.
-        evaluate: from the run config, the round (0 before the first) and the global model to metrics. Its config has
+        evaluate: from the run config, the round (0 before the first) and the global model to metrics, numbers or
+            lists of numbers; `name/part` is the metric of a part of the data. Its config has
             one key more, `lora-plain`: whether the model is an adapter in plain factors (alpha = rank).
         architecture: from the run config to the config of the initial model, for clients that build the model from it.
             `evaluate` is then given that of the model at hand in its own config, `fl-merge.architecture`, as JSON.
         tune: from the run config to what chooses each round's scale on validation data, or None.
         adapter_config: from the run config to what `FedMerge` takes under that name; by default that of the adapter
             whose folder is the `initial-model`.
+        base: from the run config to the model that adapters are folded into, for phases that begin with adapters; by
+            default `base-model` names its file or folder.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        run(grid, context.run_config, initial, evaluate, tune, architecture, adapter_config)
+        run(grid, context.run_config, initial, evaluate, tune, architecture, adapter_config, base)
 
     return app
 
@@ -100,10 +106,11 @@ def run(
     grid: Grid,
     config: Config,
     initial: Callable[[Config], Mapping[str, Tensor]] | None = None,
-    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Config, int, dict[str, Tensor]], Mapping[str, float | list[float]]] | None = None,
     tune: Callable[[Config], Tuner | None] | None = None,
     architecture: Callable[[Config], Mapping[str, Any]] | None = None,
     adapter_config: Callable[[Config], Mapping[str, Any]] | None = None,
+    base: Callable[[Config], BaseModel] | None = None,
 ) -> None:
     """One federation, from the run config to the run's folder.
 
@@ -113,7 +120,10 @@ def run(
     """
     _refuse_misspelt(config)
     settings = {key: _setting(key, config.get(key, default), default) for key, default in SETTINGS.items()}
-    recipe = Recipe.from_config(config)
+    method = Recipe.from_config(config).build()
+    found: BaseModel | str | None = str(settings["base-model"]) or None
+    if base is not None and as_schedule(method).folds:
+        found = base(config)
     adapters: Mapping[str, Any] = {}
     if initial is not None:
         state = dict(initial(config))
@@ -132,7 +142,7 @@ def run(
     if folder:
         watchers.append(Journal(folder, config, resumed=goes_on_in(folder, resumption)))
     strategy = FedMerge(
-        recipe.build(),
+        method,
         fraction_train=float(settings["fraction-train"]),
         fraction_evaluate=float(settings["fraction-evaluate"]),
         min_train_nodes=int(settings["min-train-nodes"]),
@@ -148,19 +158,23 @@ def run(
         running_sum=bool(settings["running-sum"]),
         tune=tune(config) if tune is not None else None,
         architecture=architecture(config) if architecture is not None else None,
+        base=found,
         tied=tied,
         adapter_config=adapters,
         watchers=watchers,
     )
 
-    told_of = {**config, PLAIN: exchange_of(strategy.method) is not None}
-
     def evaluated(server_round: int, model: ArrayRecord) -> MetricRecord:
         assert evaluate is not None
         known = strategy.model.architecture
-        about = told_of | ({ARCHITECTURE_KEY: json.dumps(known)} if known else {})
+        about = {**config, PLAIN: strategy.schedule.at(server_round).merges_adapters}
+        about |= {ARCHITECTURE_KEY: json.dumps(known)} if known else {}
+        found = evaluate(about, server_round, to_tensors(model))
         return MetricRecord(
-            {key: float(value) for key, value in evaluate(about, server_round, to_tensors(model)).items()}
+            {
+                key: [float(v) for v in value] if isinstance(value, list) else float(value)
+                for key, value in found.items()
+            }
         )
 
     with resuming(resumption):

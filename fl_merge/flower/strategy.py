@@ -11,11 +11,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
+from fl_merge.adapters import BaseModel
 from fl_merge.adapters.federated import require_parameters
 from fl_merge.check import MAX_NUM_EXAMPLES
-from fl_merge.errors import RecipeError
-from fl_merge.exchange import exchange_of
+from fl_merge.errors import RecipeError, counted
 from fl_merge.flower.asking import asked_for, content_for, told
 from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.contents import (
@@ -95,6 +96,8 @@ class FedMerge(Strategy):
         tune: chooses each round how far to go along the merged delta, by a score on the server's validation data.
         architecture: the model's config (of Hugging Face's, say), which clients are sent in every round and which
             follows when a phase changes the model; None where clients know how to build it.
+        base: of a schedule that begins with adapters, the model that they belong to: tensors, a safetensors file, or a
+            folder, whose config.json is then the `architecture` unless one is given. `start` is given the adapter.
         run_folder: where `start` leaves a journal, the latest model and a checkpoint to resume from; None for nowhere.
         adapter_config: of a method for adapters: what else stands in their adapter_config.json, such as
             `base_model_name_or_path` and `task_type`; it goes into the adapter that the run folder holds.
@@ -131,6 +134,7 @@ class FedMerge(Strategy):
         running_sum: bool = False,
         tune: Tuner | None = None,
         architecture: Mapping[str, Any] | None = None,
+        base: BaseModel | Mapping[str, Tensor] | str | Path | None = None,
         run_folder: str | Path | None = None,
         adapter_config: Mapping[str, Any] | None = None,
         watchers: Sequence[Watcher] = (),
@@ -174,7 +178,14 @@ class FedMerge(Strategy):
         self.adapter_config = dict(adapter_config or {})
         self.watchers = tuple(watchers)
         self._journal: tuple[Journal, ...] = ()
-        self._carried = CarriedModel(self.method, self.wire_dtype, self.tied, architecture)
+        self._carried = CarriedModel(
+            self.method,
+            self.wire_dtype,
+            self.tied,
+            architecture,
+            None if base is None else BaseModel.of(base),
+            self.adapter_config,
+        )
         self._requests = Requests()
         self._merged_rounds = 0
         self._failures: list[str] = []
@@ -235,7 +246,7 @@ class FedMerge(Strategy):
         self._merged_rounds, self._failures = 0, []
         logger.info("Starting %s, rounds %d to %d:", type(self).__name__, first, num_rounds)
         self.summary()
-        if exchange_of(self.method) is not None:
+        if self._phasing.phase(first).merges_adapters:
             require_parameters(self._carried.model.sent, self.adapter_config)
             self._tell(lambda watcher: watcher.adapter_described(self.adapter_config))
         for watcher in self._watchers():
@@ -262,7 +273,7 @@ class FedMerge(Strategy):
 
     def _resume(self, resumption: Resumption, num_rounds: int) -> int:
         """Make a checkpoint's model the global one; gives the number of the last round that is in it."""
-        checkpoint = resumption.read(self.method, self.seed, self.model, num_rounds)
+        checkpoint = resumption.read(self.method, self.seed, self._carried.wanted_specs, num_rounds)
         self._carried.follow(checkpoint.model)
         return checkpoint.round_number
 
@@ -289,6 +300,10 @@ class FedMerge(Strategy):
         if begun is not None:
             self._carried.begin_phase()
             self._tell(lambda watcher: watcher.phase_started(server_round, *begun))
+        if self._carried.holds_adapter and not self._phasing.phase(server_round).merges_adapters:
+            modules = self._carried.fold()
+            logger.info("round %d: an adapter of %s is folded into the base", server_round, counted(modules, "module"))
+            self._tell(lambda watcher: watcher.adapter_folded(server_round, modules, self.model))
         trained = self._phasing.trained(server_round, self.model)
         try:
             nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
@@ -339,7 +354,7 @@ class FedMerge(Strategy):
                 spill=spill,
                 running=keeping.sum_in(spill, trained, self.seed, server_round),
                 tuner=self.tune,
-                asked=asked_for(phase, self.model.architecture),
+                asked=asked_for(phase, self.model.architecture, self._phasing.exchange(server_round)),
             )
             keep = self.train_metrics_aggr_fn is not None  # else nobody will ask
             for message in replies:
@@ -418,7 +433,14 @@ class FedMerge(Strategy):
 
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         train = message_type == MessageType.TRAIN
-        settings = told(config, server_round, self._phasing.phase(server_round), self.model.architecture, train=train)
+        settings = told(
+            config,
+            server_round,
+            self._phasing.phase(server_round),
+            self.model.architecture,
+            train=train,
+            exchange=self._phasing.exchange(server_round),
+        )
         content = content_for(
             lambda client: self._carried.sent_to(client, self.seed, server_round),
             settings,

@@ -52,6 +52,9 @@ class Watcher:
     def phase_started(self, round_number: int, number: int, phase: Phase) -> None:
         """The first round of a phase is about to begin; only of runs that have several (`fl_merge.phases`)."""
 
+    def adapter_folded(self, round_number: int, modules: int, model: GlobalModel) -> None:
+        """From this round on `model` is the global one: the base with the adapter of the phase before in it."""
+
     def round_started(self, round_number: int, sampled: tuple[str, ...]) -> None:
         """These clients are being asked to train."""
 

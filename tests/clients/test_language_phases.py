@@ -81,6 +81,8 @@ def test_dense_to_mixture_to_trained_router_in_one_command(whole):
     assert all(len(metrics["expert-load"]) == 4 for _, metrics in evaluated.values())
     scores = journal(whole, "server_evaluated")[-1]["metrics"]
     assert {f"bits-per-byte/{domain}" for domain in corpus.DOMAINS} <= set(scores)
+    assert all(sum(scores[f"expert-load/{domain}"]) == pytest.approx(1) for domain in corpus.DOMAINS)
+    assert not any(name.startswith("expert-load") for name in journal(whole, "server_evaluated")[0]["metrics"])
 
 
 def test_what_the_run_leaves_loads_in_transformers_and_generates(whole):

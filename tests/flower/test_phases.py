@@ -14,7 +14,7 @@ from fl_merge import Recipe, RecipeError, clip_norm, merge, momentum, phase, sch
 from fl_merge.flower import FedMerge
 from fl_merge.flower.strategy import RunFailedError
 from fl_merge.flower.watch import Watcher
-from fl_merge.methods import depth_upscale, lora_svd, moe_upcycle, ties, weighted_average
+from fl_merge.methods import depth_upscale, moe_upcycle, ties, weighted_average
 from fl_merge.optimizers import STEPS
 from fl_merge.runs import Checkpoint
 from fl_merge.tuning import Tuner
@@ -172,7 +172,6 @@ def test_bfloat16_on_the_wire_keeps_the_master(tmp_path):
         (lambda: phase(moe_upcycle(), train="router"), "which needs all of the clients' models"),
         (lambda: phase(server_optimizer(moe_upcycle(), momentum())), "by itself: a change of structure has no delta"),
         (lambda: phase(clip_norm(moe_upcycle(), max_norm=1.0)), "by itself: a change of structure has no delta"),
-        (lambda: phase(lora_svd(), rounds=2), "which merges adapters; wanted a method for models"),
         (lambda: phase(weighted_average(), rounds=0), "parameter 'rounds': found 0"),
         (lambda: phase(weighted_average(), train=[]), "train: found"),
         (lambda: phase(weighted_average(), train=["all", "x"]), "wanted 'all' alone"),

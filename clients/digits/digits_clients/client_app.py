@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from digits_clients import model
+from digits_clients import mixture, model
 from digits_clients.data import Client, client
 from digits_clients.settings import Settings
-from fl_merge.flower.client import collect_if_asked, receive, reply, trained_of
+from fl_merge.flower.client import architecture_of, collect_if_asked, receive, reply, trained_of
 
 app = ClientApp()
 
@@ -25,7 +27,7 @@ def train(message: Message, context: Context) -> Message:
     settings = Settings.read(context.run_config)
     partition, own = _own_data(context, settings)
     server_round = int(message.content["config"]["server-round"])
-    sent = receive(message)
+    sent, top_k = receive(message), mixture.top_k_of(architecture_of(message))
     state = model.train(
         sent,
         own.train,
@@ -34,12 +36,15 @@ def train(message: Message, context: Context) -> Message:
         batch_size=settings.batch_size,
         seed=(settings.seed, server_round, partition),
         only=trained_of(message, sent),
+        balance=settings.balance_coefficient,
+        top_k=top_k,
     )
-    accuracy, loss = model.accuracy_and_loss(state, own.train)
+    accuracy, loss = model.accuracy_and_loss(state, own.train, top_k)
     steps = settings.local_epochs * model.steps_an_epoch(len(own.train), settings.batch_size)
-    metrics = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition, "local-steps": steps}
+    metrics: dict[str, Any] = {"train-accuracy": accuracy, "train-loss": loss, "partition-id": partition}
+    metrics |= {"local-steps": steps, **model.expert_load(state, own.train, top_k)}
     batches = [(own.train.images_BHW, own.train.labels_B)]
-    statistics = collect_if_asked(message, model.network(state), batches, settings.statistics_examples)
+    statistics = collect_if_asked(message, model.network(state, top_k), batches, settings.statistics_examples)
     return reply(message, state, len(own.train), metrics, dtype=settings.wire_dtype, statistics=statistics)
 
 
@@ -48,5 +53,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """The global model's accuracy and loss on this client's held-out test set, with the number of its domain."""
     settings = Settings.read(context.run_config)
     partition, own = _own_data(context, settings)
-    accuracy, loss = model.accuracy_and_loss(receive(message), own.test)
-    return reply(message, None, len(own.test), {"accuracy": accuracy, "loss": loss, "partition-id": partition})
+    state, top_k = receive(message), mixture.top_k_of(architecture_of(message))
+    accuracy, loss = model.accuracy_and_loss(state, own.test, top_k)
+    metrics: dict[str, Any] = {"accuracy": accuracy, "loss": loss, "partition-id": partition}
+    metrics |= model.expert_load(state, own.test, top_k)
+    return reply(message, None, len(own.test), metrics)

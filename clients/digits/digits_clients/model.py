@@ -41,10 +41,15 @@ class Network(nn.Module):
         return self.output(torch.relu(self.hidden2(features)))
 
 
-def network(state: Mapping[str, Tensor]) -> Network | mixture.Mixture:
-    """A network of its own with these weights in float32: a mixture of experts if they are one's."""
+def network(state: Mapping[str, Tensor], top_k: int = mixture.TOP_K) -> Network | mixture.Mixture:
+    """A network of its own with these weights in float32: a mixture of experts if they are one's.
+
+    Args:
+        state: its weights.
+        top_k: experts of an image, in a mixture.
+    """
     with torch.device("meta"):  # draws nothing from the global generator
-        empty = mixture.empty(state) if mixture.is_mixture(state) else Network(len(state["hidden1.bias"]))
+        empty = mixture.empty(state, top_k) if mixture.is_mixture(state) else Network(len(state["hidden1.bias"]))
     empty.load_state_dict({k: v.detach().to(torch.float32).clone() for k, v in state.items()}, assign=True)
     return empty.requires_grad_()
 
@@ -71,6 +76,8 @@ def train(
     batch_size: int = BATCH_SIZE,
     max_steps: int | None = None,
     only: Collection[str] | None = None,
+    balance: float = 0.0,
+    top_k: int = mixture.TOP_K,
 ) -> State:
     """The network after finetuning by stochastic gradient descent with momentum 0.9 on the cross entropy.
 
@@ -83,6 +90,8 @@ def train(
         batch_size: examples a step, at least 1; the last batch of an epoch may be smaller.
         max_steps: stop after so many gradient steps; None for no limit.
         only: names of the tensors that are trained; None for all.
+        balance: how much of the load-balancing loss (`mixture.balance`) is added, of a mixture of experts.
+        top_k: experts of an image, in a mixture.
 
     Returns:
         A new float32 state dict.
@@ -91,7 +100,7 @@ def train(
         raise ValueError(
             f"epochs {epochs}, batch size {batch_size}, learning rate {learning_rate}: wanted >= 1, >= 1 and > 0"
         )
-    trained, draws, steps = network(state), seeded("train", seed), 0
+    trained, draws, steps = network(state, top_k), seeded("train", seed), 0
     # Four lines instead of torch.optim.SGD, whose first use costs each worker process well over a second of imports.
     parameters = [weight for name, weight in trained.named_parameters() if only is None or name in only]
     velocities = [torch.zeros_like(parameter) for parameter in parameters]
@@ -100,7 +109,10 @@ def train(
             for batch in torch.randperm(len(examples), generator=draws).split(batch_size):
                 if steps == max_steps:
                     break
-                loss = functional.cross_entropy(trained(examples.images_BHW[batch]), examples.labels_B[batch])
+                images_BHW = examples.images_BHW[batch]
+                loss = functional.cross_entropy(trained(images_BHW), examples.labels_B[batch])
+                if balance and isinstance(trained, mixture.Mixture):
+                    loss = loss + balance * mixture.balance(trained.scores(images_BHW), trained.top_k)
                 gradients = torch.autograd.grad(loss, parameters)
                 with torch.no_grad():
                     for parameter, velocity, gradient in zip(parameters, velocities, gradients, strict=True):
@@ -144,9 +156,9 @@ def initial(seed: int = 0) -> State:
 
 
 @torch.no_grad()
-def logits(state: Mapping[str, Tensor], images_BHW: Tensor) -> Tensor:
+def logits(state: Mapping[str, Tensor], images_BHW: Tensor, top_k: int = mixture.TOP_K) -> Tensor:
     """Logits (B, 10), float32, of images (B, 8, 8)."""
-    return network(state)(images_BHW)
+    return network(state, top_k)(images_BHW)
 
 
 def accuracy_of(logits_BK: Tensor, labels_B: Tensor) -> float:
@@ -154,12 +166,20 @@ def accuracy_of(logits_BK: Tensor, labels_B: Tensor) -> float:
     return float((logits_BK.argmax(1) == labels_B).double().mean())
 
 
-def accuracy(state: Mapping[str, Tensor], examples: Examples) -> float:
+def accuracy(state: Mapping[str, Tensor], examples: Examples, top_k: int = mixture.TOP_K) -> float:
     """Accuracy in [0, 1] of a model."""
-    return accuracy_of(logits(state, examples.images_BHW), examples.labels_B)
+    return accuracy_of(logits(state, examples.images_BHW, top_k), examples.labels_B)
 
 
-def accuracy_and_loss(state: Mapping[str, Tensor], examples: Examples) -> tuple[float, float]:
+def accuracy_and_loss(
+    state: Mapping[str, Tensor], examples: Examples, top_k: int = mixture.TOP_K
+) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross entropy in nats."""
-    logits_BK = logits(state, examples.images_BHW)
+    logits_BK = logits(state, examples.images_BHW, top_k)
     return accuracy_of(logits_BK, examples.labels_B), float(functional.cross_entropy(logits_BK, examples.labels_B))
+
+
+def expert_load(state: Mapping[str, Tensor], examples: Examples, top_k: int = mixture.TOP_K) -> dict[str, list[float]]:
+    """The metric `expert-load` of a mixture: each expert's share of the choices. None of a dense network."""
+    found = network(state, top_k)
+    return {"expert-load": found.load(examples.images_BHW)} if isinstance(found, mixture.Mixture) else {}

@@ -25,6 +25,7 @@ class Settings:
         seed: of the split, the pretraining and every client's training.
         wire_dtype: in which a client sends its model: a key of `WIRE_DTYPES`.
         statistics_examples: how many of its images a client uses for statistics that the method asks for.
+        balance_coefficient: of the load-balancing loss, where the model is a mixture of experts.
     """
 
     setting: str = "domains"
@@ -35,6 +36,7 @@ class Settings:
     seed: int = 0
     wire_dtype: torch.dtype = torch.float32
     statistics_examples: int = 256
+    balance_coefficient: float = 0.01
 
     @classmethod
     def read(cls, run_config: Mapping[str, object]) -> Settings:
@@ -65,4 +67,5 @@ class Settings:
             seed=int(number("seed", cls.seed)),
             wire_dtype=WIRE_DTYPES[wire],
             statistics_examples=int(number("statistics-examples", cls.statistics_examples)),
+            balance_coefficient=float(number("balance-coefficient", cls.balance_coefficient)),
         )

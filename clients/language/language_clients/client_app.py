@@ -7,16 +7,18 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fl_merge.errors import RecipeError
 from fl_merge.exchange import FITTED, SHARE, TRAINS
 from fl_merge.flower.client import (
     architecture_of,
     collect_if_asked,
+    exchanges_adapter,
     receive,
     receive_adapter,
     reply,
     trained_of,
 )
-from fl_merge.flower.records import to_record, to_tensors
+from fl_merge.flower.records import EXCHANGE_KEY, to_record, to_tensors
 from language_clients import corpus, local, lora, weights
 from language_clients.settings import Settings
 
@@ -41,11 +43,17 @@ def _own_text(context: Context, settings: Settings) -> tuple[int, corpus.Client]
 def _received(message: Message, context: Context, settings: Settings, partition: int) -> local.Local:
     """The global model, or the base with the global adapter in this client's rank and scaling.
 
-    Factors that do not travel (`lora-share`) are the client's own, from its last round.
+    Which of the two is for the server to say where a run begins with adapters and goes on with the model that they are
+    folded into. Factors that do not travel (`lora-share`) are the client's own, from its last round.
+
+    Raises:
+        RecipeError: if an adapter is wanted of a client that has no rank for one.
     """
-    if not settings.uses_adapters:
+    if not exchanges_adapter(message, settings.uses_adapters):
         told = architecture_of(message)
         return local.with_weights(settings, receive(message), weights.config_of(told) if told else None)
+    if not settings.uses_adapters:
+        raise RecipeError(f"adapter-rank: 0, and the server exchanges adapters ({EXCHANGE_KEY}); wanted a rank >= 1")
     rank, alpha = settings.rank(partition), settings.alpha(partition)
     here = local.with_adapter(settings, rank, alpha)
     kept = context.state.array_records.get(KEPT)
@@ -66,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
     partition, own = _own_text(context, settings)
     here = _received(message, context, settings, partition)
     statistics = None
-    if settings.uses_adapters:
+    if here.adapted:
         lora.train_only(here.model, str(about.get(TRAINS, "AB")))
     else:
         weights.train_only(here.model, trained_of(message, here.tensors()))
@@ -75,7 +83,7 @@ def train(message: Message, context: Context) -> Message:
     metrics: dict[str, Any] = {"train-loss": loss, "bits-per-byte": bits, "partition-id": partition}
     metrics |= here.expert_load(own.validation)
     tensors = here.tensors()
-    if settings.uses_adapters:
+    if here.adapted:
         rank, alpha = settings.rank(partition), settings.alpha(partition)
         metrics |= {"lora-rank": rank, "lora-alpha": alpha, "lora-scalings": alpha / rank}
         everything, tensors = tensors, lora.shared(tensors, str(about.get(SHARE, "AB")))

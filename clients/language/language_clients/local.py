@@ -23,11 +23,13 @@ class Local:
         model: of transformers, or of peft round one.
         tokenizer: from documents to tokens.
         settings: of the run.
+        adapted: whether it is trained and sent as an adapter.
     """
 
     model: Any
     tokenizer: Tokenizer
     settings: Settings
+    adapted: bool = False
 
     def finetune(self, documents: Sequence[Document], key: object) -> float:
         """Train on the documents as the settings say; the last steps' loss in nats a token."""
@@ -71,7 +73,7 @@ class Local:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is sent: all weights, or the adapter's."""
-        return lora.take(self.model) if self.settings.uses_adapters else weights.tensors_of(self.model)
+        return lora.take(self.model) if self.adapted else weights.tensors_of(self.model)
 
 
 def with_weights(settings: Settings, tensors: Mapping[str, Tensor], config: Any = None) -> Local:
@@ -98,4 +100,4 @@ def with_adapter(settings: Settings, rank: int, alpha: float, adapter: Mapping[s
     model = lora.wrap(base.load(settings), rank=rank, alpha=alpha, targets=settings.adapter_targets, seed=settings.seed)
     if adapter is not None:
         lora.put(model, adapter)
-    return Local(model, base.tokenizer(settings), settings)
+    return Local(model, base.tokenizer(settings), settings, adapted=True)

@@ -135,6 +135,11 @@ def shared(adapter: Mapping[str, Tensor], factors: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in adapter.items() if left_out is None or not name.endswith(left_out)}
 
 
+def is_adapter(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are an adapter's."""
+    return any(name.endswith(A) for name in tensors)
+
+
 def rank_of(adapter: Mapping[str, Tensor]) -> int:
     """The largest rank of an adapter's modules.
 

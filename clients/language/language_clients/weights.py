@@ -37,7 +37,9 @@ def model_of(config: Any, tensors: Mapping[str, Tensor]) -> Any:
         ValueError: if the tensors are not those of such a model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a line for each model that each client loads in each round
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if model.state_dict().keys() == tensors.keys() or not _differs_on_disk(model):
         try:
