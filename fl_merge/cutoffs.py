@@ -34,7 +34,7 @@ _EVERYTHING = 1 << 15
 _ROOM = 1 << 24
 """How many magnitudes are written down at most, of all clients together: 64 MiB."""
 
-_DEVIATIONS = 3.5
+_DEVIATIONS = 3.0
 """How far around the sample's quantile the cut is looked for, in its standard deviations."""
 
 Mapped = Callable[..., Iterable[Any]]
@@ -91,7 +91,7 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
     ]
     low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
     if left and total > _EVERYTHING:
-        low_N[left], high_N[left] = _guess(parts, [wanted[at] for at in left], total)
+        low_N[left], high_N[left] = _guess(parts, [wanted[at] for at in left], total, mapped)
     while left:
         room = _ROOM // (len(left) * len(pieces))
         # How many are above 0 is counted in the same pass.
@@ -103,19 +103,15 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
             of_positive = counts[at]
             assert callable(of_positive)
             counts[at] = of_positive(sum(counted[place].above for counted in found))
+        chosen = functools.partial(_chosen, wanted, counts, pieces, low_N, found)
+        within = [(place, at) for place, at in enumerate(left) if 0 < _known(counts[at]) < total]
         misled = []
-        for place, at in enumerate(left):
-            row, count = wanted[at][0], counts[at]
-            assert isinstance(count, int)
-            if not 0 < count < total:
-                continue
-            cut = _found(int(low_N[at]), count, [counted[place] for counted in found])
+        for (_, at), cut in zip(within, mapped(chosen, within), strict=True):
             if cut is None:
-                low_N[at] = high_N[at] = _by_histograms(row, count, pieces, mapped)
+                low_N[at] = high_N[at] = _by_histograms(wanted[at][0], _known(counts[at]), pieces, mapped)
                 misled.append(at)
             else:
-                cutoffs_N2[at, 0] = float(np.uint32(cut.bits).view(np.float32))
-                cutoffs_N2[at, 1] = _last(row, cut, pieces, [counted[place] for counted in found])
+                cutoffs_N2[at] = torch.tensor(cut, dtype=torch.float64)
         left = misled
     for at, count in enumerate(counts):
         if count in (0, total):
@@ -123,46 +119,78 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
     return cutoffs_N2
 
 
+def _known(count: Count) -> int:
+    assert isinstance(count, int)
+    return count
+
+
+def _chosen(
+    wanted: Sequence[tuple[int, Count]],
+    counts: Sequence[Count],
+    pieces: Sequence[_Piece],
+    low_N: Array,
+    found: Sequence[Sequence[Counted]],
+    which: tuple[int, int],
+) -> tuple[float, int] | None:
+    """The cut of one row, if it is between its limits.
+
+    Args:
+        found: what was counted of each piece.
+        which: the row's place in what was counted, and in what is wanted.
+    """
+    place, at = which
+    counted, row = [each[place] for each in found], wanted[at][0]
+    cut = _found(int(low_N[at]), _known(counts[at]), counted, pieces[0].part.rows)
+    if cut is None:
+        return None
+    return float(np.uint32(cut.bits).view(np.float32)), _last(row, cut, pieces, counted)
+
+
 def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, at: _Piece) -> list[Counted]:
     return at.part.rows.some(rows).between(at.start, at.stop, low_R, high_R, room)
 
 
-def _guess(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], total: int) -> tuple[Array, Array]:
+def _guess(
+    parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], total: int, mapped: Mapped
+) -> tuple[Array, Array]:
     """Between which bits each cut should be, by a sample; (N,) and (N,), uint32."""
-    low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
     size_wanted = min(max(total // 64, 1 << 12), 1 << 18)
     rows = sorted({row for row, _ in wanted})
-    samples = []
-    for part in parts:
+
+    def sampled(part: Part) -> Array:
         runs = min(math.ceil(size_wanted * part.rows.numel / total / _RUN), part.rows.numel // _RUN)
-        if runs:
-            starts = np.linspace(0, part.rows.numel - _RUN, runs).astype(np.int64)
-            samples.append(part.rows.some(rows).sample(starts, _RUN))
-    bits_NM = np.concatenate(samples, axis=1)
+        starts = np.linspace(0, part.rows.numel - _RUN, runs).astype(np.int64)
+        return part.rows.some(rows).sample(starts, _RUN)
+
+    long_enough = [part for part in parts if part.rows.numel >= _RUN]
+    if not long_enough:
+        return np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
+    bits_NM = np.concatenate(list(mapped(sampled, long_enough)), axis=1)
     size = bits_NM.shape[1]
-    for at, (row, count) in enumerate(wanted):
+
+    def limits(of: tuple[int, Count]) -> tuple[int, int]:
+        row, count = of
         bits_M = bits_NM[rows.index(row)]
         if callable(count):
             count = count(round(np.count_nonzero(bits_M) / size * total))
         fraction = count / total
         margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
         upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
-        ranks = [size - rank for rank in (upper, lower) if 1 <= rank <= size]
-        if ranks:
-            bits_M.partition(ranks)
-        if upper >= 1:
-            high_N[at] = bits_M[size - upper]
-        if lower <= size:
-            low_N[at] = bits_M[size - lower]
-    return low_N, high_N
+        select = parts[0].rows.select
+        low = select(bits_M.copy(), lower)[0] if 1 <= lower <= size else 0
+        return low, select(bits_M.copy(), upper)[0] if upper >= 1 else LARGEST
+
+    low_high_N2 = np.array(list(mapped(limits, wanted)), np.uint32).reshape(-1, 2)
+    return low_high_N2[:, 0], low_high_N2[:, 1]
 
 
-def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
+def _found(low: int, count: int, counted: Sequence[Counted], rows: Rows) -> _Cut | None:
     """The cut, if it is between the limits.
 
     Args:
         low: the lower limit.
         counted: of each piece.
+        rows: any; they have the pass that selects.
     """
     above, between = sum(each.above for each in counted), sum(each.between for each in counted)
     if not all(each.complete for each in counted) or not above < count <= above + between:
@@ -170,9 +198,8 @@ def _found(low: int, count: int, counted: Sequence[Counted]) -> _Cut | None:
     values_M = np.concatenate([each.between_M for each in counted])
     if not values_M.size:
         return _Cut(low, count - above)
-    rank = values_M.size - (count - above)
-    bits = int(np.partition(values_M, rank)[rank])
-    return _Cut(bits, count - above - int(np.count_nonzero(values_M > bits)))
+    bits, larger = rows.select(values_M, count - above)
+    return _Cut(bits, count - above - larger)
 
 
 def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:

@@ -114,22 +114,30 @@ def from_bits(context, bits):
 
 
 @intrinsic
-def within(context, address, low, width):
-    """Which of 64 unsigned numbers of 32 bits lie from low to low + width: the bits of one number."""
+def at_least(context, address, limit):
+    """Which of 64 float32 have a magnitude whose bits are at least the limit: the bits of one number."""
 
     def emit(context, builder, signature, arguments):
-        address, *limits = arguments
+        address, limit = arguments
         vector = ir.VectorType(ir.IntType(32), 64)
         nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
         everywhere = ir.Constant(vector, [0] * 64)
-        low, width = (
-            builder.shuffle_vector(builder.insert_element(nothing, limit, first), nothing, everywhere)
-            for limit in limits
-        )
+        limit = builder.shuffle_vector(builder.insert_element(nothing, limit, first), nothing, everywhere)
         numbers = builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
-        return builder.bitcast(builder.icmp_unsigned("<=", builder.sub(numbers, low), width), ir.IntType(64))
+        magnitudes = builder.and_(numbers, ir.Constant(vector, [0x7FFFFFFF] * 64))
+        return builder.bitcast(builder.icmp_unsigned(">=", magnitudes, limit), ir.IntType(64))
 
-    return types.uint64(types.int64, types.uint32, types.uint32), emit
+    return types.uint64(types.int64, types.uint32), emit
+
+
+@intrinsic
+def bits_set(context, number):
+    """How many bits are set."""
+
+    def emit(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), emit
 
 
 @intrinsic

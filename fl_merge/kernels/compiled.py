@@ -7,6 +7,7 @@ from fl_merge.kernels.counting import (
     magnitudes_between,
     nth_equal,
     sample_magnitudes,
+    select,
 )
 from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
@@ -29,6 +30,7 @@ __all__ = [
     "nth_equal",
     "prune_combine",
     "sample_magnitudes",
+    "select",
     "uniform",
     "weighted_sum",
 ]

@@ -13,17 +13,21 @@ from fl_merge.kernels.blocks import (
     FLOAT32,
     FLOAT64,
     MAGNITUDE,
+    at_least,
     bits_of,
+    bits_set,
     compiled_part,
     compiled_pass,
     lowest_bit,
     pointer,
-    within,
 )
 from fl_merge.kernels.scoring import SCRATCH, load_scores
 
 _ROW = 64
 """Elements that are compared together."""
+
+_BINS = 1 << 11
+"""How many bins `select` tells apart in a turn: their counts stay in the fastest cache."""
 
 
 @compiled_pass
@@ -102,48 +106,46 @@ def magnitudes_between(
         Where it stopped, because a row of `found_RM` has no room for another block; else `stop`.
     """
     work_KB, score_NB = _room(clients_N, rows_R.size)
-    bits_store = np.empty(BLOCK, np.uint32)
-    address = bits_store.ctypes.data
+    address = score_NB.ctypes.data
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         if used_R.max() + size > found_RM.shape[1]:
             return begin
         load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
         for r in range(rows_R.size):
-            low, high = low_R[r], high_R[r]
-            score_B, bits_B = score_NB[rows_R[r], :size], bits_store[:size]
             marks_RM[r, np.uint64((begin - start) // BLOCK)] = between_R[r]
-            above, equal = np.uint32(0), np.uint32(0)
-            for s in range(size):
-                bits_B[s] = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
-                above += np.uint32(1) if bits_B[s] > high else np.uint32(0)
-            above_R[r] += np.int64(above)
-            if low == high:
-                for s in range(size):
-                    equal += np.uint32(1) if bits_B[s] == low else np.uint32(0)
-                between_R[r] += np.int64(equal)
-            else:
-                used = _between(bits_B, address, low, np.uint32(high - low), found_RM[r], used_R[r])
-                between_R[r] += used - used_R[r]
-                used_R[r] = used
+            score_B = score_NB[rows_R[r], :size]
+            row = address + 4 * BLOCK * rows_R[r]
+            above, between, used_R[r] = _between(score_B, row, low_R[r], high_R[r], found_RM[r], used_R[r])
+            above_R[r] += above
+            between_R[r] += between
     return stop
 
 
 @compiled_part
-def _between(bits_B, address, low, width, found_M, used):
-    """Few elements lie between the limits: 64 at a time are compared, and those that do are looked up."""
-    whole = bits_B.size - bits_B.size % _ROW
+def _between(score_B, address, low, high, found_M, used):
+    """What one block adds to the counts, and how much is written down: 64 elements at a time are compared, and the few
+    that lie between the limits are looked up."""
+    above, between, used = 0, 0, np.uint64(used)
+    beyond = np.uint32(high + np.uint32(1))
+    whole = score_B.size - score_B.size % _ROW
     for first in range(0, whole, _ROW):
-        hits = within(address + 4 * first, low, width)
-        while hits:
-            found_M[np.uint64(used)] = bits_B[np.uint64(first + lowest_bit(hits))]
-            used += 1
+        larger = at_least(address + 4 * first, beyond)
+        hits = at_least(address + 4 * first, low) & ~larger
+        above += bits_set(larger)
+        between += bits_set(hits)
+        while hits and low != high:
+            found_M[used] = bits_of(score_B[np.uint64(first + lowest_bit(hits))]) & MAGNITUDE
+            used += np.uint64(1)
             hits &= hits - np.uint64(1)
-    for s in range(whole, bits_B.size):
-        if np.uint32(bits_B[s] - low) <= width:
-            found_M[np.uint64(used)] = bits_B[s]
-            used += 1
-    return used
+    for s in range(whole, score_B.size):
+        bits = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
+        above += np.int64(bits > high)
+        between += np.int64(low <= bits <= high)
+        if low <= bits <= high and low != high:
+            found_M[used] = bits
+            used += np.uint64(1)
+    return above, between, np.int64(used)
 
 
 @compiled_pass
@@ -160,6 +162,41 @@ def count_magnitudes(
             bits = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
             if low <= bits <= high:
                 counts_K[np.uint32(bits - low) >> shift] += 1
+
+
+@compiled_pass
+def select(value_M, rank):
+    """The value at a rank, 1 for the largest, and how many are larger. What is not needed of `value_M` is overwritten.
+
+    Each turn counts the values in bins of equal width and goes on with those of one bin.
+    """
+    counts_K = np.empty(_BINS, np.int64)
+    left, larger = value_M.size, 0
+    while True:
+        low, high = value_M[0], value_M[0]
+        for m in range(left):
+            low, high = min(low, value_M[m]), max(high, value_M[m])
+        if low == high:
+            return low, larger
+        shift = np.uint32(0)
+        while (np.uint32(high - low) >> shift) >= _BINS:
+            shift += np.uint32(1)
+        counts_K[:] = 0
+        for m in range(left):
+            counts_K[np.uint32(value_M[m] - low) >> shift] += 1
+        chosen = np.uint32(np.uint32(high - low) >> shift)
+        while counts_K[chosen] < rank:
+            rank -= counts_K[chosen]
+            larger += counts_K[chosen]
+            chosen -= np.uint32(1)
+        if shift == 0:
+            return np.uint32(low + chosen), larger
+        used = np.uint64(0)
+        for m in range(left):
+            value = value_M[m]
+            value_M[used] = value
+            used += np.uint64((np.uint32(value - low) >> shift) == chosen)
+        left = np.int64(used)
 
 
 @compiled_pass

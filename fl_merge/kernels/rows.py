@@ -141,6 +141,11 @@ class Rows:
         self._kernels.count_magnitudes(*one._scored, one._rows_R[0], start, stop, *limits, counts_K)
         return counts_K
 
+    def select(self, values_M: Array, rank: int) -> tuple[int, int]:
+        """The value at a rank, 1 for the largest, of some uint32, and how many are larger; their order is lost."""
+        value, larger = self._kernels.select(values_M, rank)
+        return int(value), int(larger)
+
     def nth_equal(self, row: int, start: int, stop: int, wanted: int, nth: int) -> int:
         """The index of the nth element of one row from start to stop whose magnitude has these bits."""
         one = self.some([row])
@@ -203,6 +208,7 @@ def warm_up(kernels: ModuleType) -> None:
     rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
     rows.count(0, 0, 4, 0, 1, 0)
     rows.nth_equal(0, 0, 4, 0, 1)
+    rows.select(np.arange(4, dtype=np.uint32), 1)
     kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
     largest_of_products(inputs, 0, 4)
     combine_balanced(inputs, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
