@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _parts = hashlib.blake2b(digest_size=8)
-for _name in ("blocks.py", "scoring.py"):  # whose parts are in other files' passes
+for _name in ("blocks.py", "scoring.py", "vectors.py"):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())
 _PARTS = _parts.hexdigest()
@@ -176,29 +176,51 @@ def load(address, code, start, out_B):
 
 
 @compiled_part
+def _all_of(delta, limit):
+    return delta
+
+
+@compiled_part
+def _large(delta, limit):
+    return delta if abs(delta) >= limit else np.float32(0)
+
+
+def _delta_loader(kept):
+    @compiled_part
+    def load(address, code, start, base_B, limit, out_B):
+        size = out_B.size
+        if code == DELTA32:
+            given_B = carray(pointer(address + 4 * start), (size,), np.float32)
+            for s in range(size):
+                out_B[s] = kept(given_B[s], limit)
+        elif code == FLOAT32:
+            float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+            for s in range(size):
+                out_B[s] = kept(float_B[s] - base_B[s], limit)
+        elif code == BFLOAT16:
+            bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+            for s in range(size):
+                out_B[s] = kept(from_bfloat16(bits_B[s]) - base_B[s], limit)
+        elif code == FLOAT16:
+            half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+            for s in range(size):
+                out_B[s] = kept(from_float16(half_B[s]) - base_B[s], limit)
+        else:
+            double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+            for s in range(size):
+                out_B[s] = kept(np.float32(double_B[s]) - base_B[s], limit)
+
+    return load
+
+
+_load_all, load_large_delta = _delta_loader(_all_of), _delta_loader(_large)
+"""A client's elements minus the base's, in float32; the second puts 0 where the magnitude is below the limit."""
+
+
+@compiled_part
 def load_delta(address, code, start, base_B, out_B):
     """A client's elements minus the base's, in float32."""
-    size = out_B.size
-    if code == DELTA32:
-        given_B = carray(pointer(address + 4 * start), (size,), np.float32)
-        for s in range(size):
-            out_B[s] = given_B[s]
-    elif code == FLOAT32:
-        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
-        for s in range(size):
-            out_B[s] = float_B[s] - base_B[s]
-    elif code == BFLOAT16:
-        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
-        for s in range(size):
-            out_B[s] = from_bfloat16(bits_B[s]) - base_B[s]
-    elif code == FLOAT16:
-        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
-        for s in range(size):
-            out_B[s] = from_float16(half_B[s]) - base_B[s]
-    else:
-        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
-        for s in range(size):
-            out_B[s] = np.float32(double_B[s]) - base_B[s]
+    _load_all(address, code, start, base_B, np.float32(0), out_B)
 
 
 @compiled_part

@@ -19,10 +19,12 @@ from fl_merge.kernels.blocks import (
     load,
     load_delta,
     load_double,
+    load_large_delta,
     store,
     uniform_words,
 )
 from fl_merge.kernels.scoring import variances
+from fl_merge.kernels.vectors import add_agreeing, add_weighted, elect
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
@@ -74,13 +76,12 @@ def _keep_random(delta_B, key, start, limit, divisor, draws_H):
 
 
 @compiled_part
-def _keep_largest(delta_B, threshold, above, last):
-    """Keep an element above the threshold, or just on it if it is not behind the place `last`.
+def _keep_largest(delta_B, threshold, above, before):
+    """Keep an element above the threshold, or just on it if it is one of the first `before`.
 
     Args:
         above: the float32 that follows the threshold.
     """
-    before = min(max(last + 1, 0), delta_B.size)
     head_B, tail_B = delta_B[:before], delta_B[before:]
     for s in range(head_B.size):
         head_B[s] = head_B[s] if abs(head_B[s]) >= threshold else _ZERO
@@ -114,64 +115,8 @@ def _keep_varying(delta_NB, threshold, above, last, mean_B, variance_B):
 
 
 @compiled_part
-def _add(delta_NB, weights_N, total_B):
-    """The weighted sum. Two clients at a time, so that the sum is loaded and stored half as often."""
-    size = total_B.size
-    total_B[:] = -_ZERO
-    for n in range(0, weights_N.size - 1, 2):
-        one_B, two_B = delta_NB[n, :size], delta_NB[n + 1, :size]
-        one, two = weights_N[n], weights_N[n + 1]
-        for s in range(size):
-            total_B[s] = (total_B[s] + one_B[s] * one) + two_B[s] * two
-    if weights_N.size % 2:
-        one_B, one = delta_NB[weights_N.size - 1, :size], weights_N[-1]
-        for s in range(size):
-            total_B[s] += one_B[s] * one
-
-
-@compiled_part
-def _add_votes(delta_NB, total_B):
-    """How many clients move an element up, less how many move it down."""
-    size = total_B.size
-    total_B[:] = _ZERO
-    for n in range(delta_NB.shape[0]):
-        delta_B = delta_NB[n, :size]
-        for s in range(size):
-            total_B[s] += _ONE if delta_B[s] > _ZERO else (-_ONE if delta_B[s] < _ZERO else _ZERO)
-
-
-@compiled_part
-def _disjoint(delta_NB, weights_N, sign_B, normalize, share_B, out_B):
-    """The weighted sum (or mean) over the clients whose delta has the elected sign; two clients at a time."""
-    size = out_B.size
-    out_B[:] = -_ZERO
-    share_B[:] = _ZERO
-    for n in range(0, weights_N.size - 1, 2):
-        one_B, two_B = delta_NB[n, :size], delta_NB[n + 1, :size]
-        one, two = weights_N[n], weights_N[n + 1]
-        for s in range(size):
-            # Times a sign, which cannot underflow to 0.
-            first, second = one_B[s] * sign_B[s] > _ZERO, two_B[s] * sign_B[s] > _ZERO
-            total = out_B[s] + (one_B[s] * one if first else _ZERO)
-            out_B[s] = total + (two_B[s] * two if second else _ZERO)
-            share = share_B[s] + (one if first else _ZERO)
-            share_B[s] = share + (two if second else _ZERO)
-    if weights_N.size % 2:
-        one_B, one = delta_NB[weights_N.size - 1, :size], weights_N[-1]
-        for s in range(size):
-            first = one_B[s] * sign_B[s] > _ZERO
-            out_B[s] += one_B[s] * one if first else _ZERO
-            share_B[s] += one if first else _ZERO
-    if normalize:
-        for s in range(size):
-            share = share_B[s]
-            quotient = out_B[s] / (share if share > _ZERO else _ONE)
-            out_B[s] = quotient if share > _ZERO else _ZERO
-
-
-@compiled_part
 def _with_minus(delta_NB, weights_N, s, normalize):
-    """`_disjoint` of one element for the sign -1."""
+    """`add_agreeing` of one element for the sign -1."""
     total, share = -_ZERO, _ZERO
     for n in range(weights_N.size):
         if delta_NB[n, s] < _ZERO:
@@ -202,7 +147,7 @@ def prune_combine(
     keys_N,
     limits_N,
     divisors_N,
-    elect,
+    elect_by,
     normalize,
     scale,
     start,
@@ -235,58 +180,48 @@ def prune_combine(
     moved_store = np.empty(BLOCK, np.float32)
     share_store = np.empty(BLOCK, np.float32)
     value_store = np.empty(BLOCK, np.float32)
-    deltas = np.empty((count, BLOCK), np.float32)
+    deltas = np.zeros((count, BLOCK), np.float32)
+    rows, weights, voices = deltas.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
+    elected, moved = elected_store.ctypes.data, moved_store.ctypes.data
+    value = value_store.ctypes.data
     draws_H = np.empty(BLOCK // 2, np.uint64)
-    net_store = np.zeros(BLOCK, np.int32)
     drawn_B = np.empty(BLOCK + 1, np.int64)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
-    draws = 0
+    tally, draws = 0, 0
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        base_B, value_B, elected_B = base_store[:size], value_store[:size], elected_store[:size]
-        moved_B, share_B, net_B = moved_store[:size], share_store[:size], net_store[:size]
+        base_B, value_B = base_store[:size], value_store[:size]
+        moved_B, share_B = moved_store[:size], share_store[:size]
         load(base, base_code, begin, base_B)
         for n in range(count):
             delta_B = deltas[n, :size]
+            if prune in (KEEP_LARGEST, KEEP_MIDDLE):
+                before = last_N[n] + 1 - begin
+                if 0 < before < size:
+                    load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
+                    _keep_largest(delta_B, thresholds_N[n], above_N[n], before)
+                else:
+                    limit = above_N[n] if before <= 0 else thresholds_N[n]
+                    load_large_delta(clients_N[n], codes_N[n], begin, base_B, limit, delta_B)
+                if prune == KEEP_MIDDLE:
+                    _drop_largest(delta_B, top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
+                continue
             load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
             if prune == KEEP_RANDOM:
                 _keep_random(delta_B, keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
-            elif prune in (KEEP_LARGEST, KEEP_MIDDLE):
-                _keep_largest(delta_B, thresholds_N[n], above_N[n], last_N[n] - begin)
-                if prune == KEEP_MIDDLE:
-                    _drop_largest(delta_B, top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
         if prune == KEEP_VARYING:
             _keep_varying(deltas, thresholds_N[0], above_N[0], last_N[0] - begin, share_B, value_B)
-        if elect == ELECT_FREQUENCY:
-            _add_votes(deltas, elected_B)
-        else:
-            _add(deltas, voices_N, elected_B)
-        if elect == ELECT_NONE:
+        if elect_by == ELECT_NONE:
+            add_weighted(rows, 4 * BLOCK, count, weights, size, value)
             for s in range(size):
-                value_B[s] = base_B[s] + elected_B[s] * scale
+                value_B[s] = base_B[s] + value_B[s] * scale
             largest = max(largest, store(value_B, out, out_code, begin))
             continue
-        weakest = MAGNITUDE
-        for s in range(size):
-            magnitude = np.uint32(bits_of(elected_B[s]) & MAGNITUDE)
-            if magnitude < weakest:
-                weakest = magnitude
-            elected_B[s] = _ONE if elected_B[s] > _ZERO else (-_ONE if elected_B[s] < _ZERO else _ZERO)
-            net_B[s] += np.int32(elected_B[s])
-        drawn = 0
-        if weakest == 0:
-            moved_B[:] = _ZERO
-            for n in range(count):
-                delta_B = deltas[n, :size]
-                for s in range(size):
-                    moved_B[s] = max(moved_B[s], abs(delta_B[s]))
-            for s in range(size):
-                draw = elected_B[s] == _ZERO and moved_B[s] > _ZERO
-                elected_B[s] = _ONE if draw else elected_B[s]
-                moved_B[s] = _ONE if draw else _ZERO
-            for s in range(size):
-                drawn += np.int32(moved_B[s])
-        _disjoint(deltas, weights_N, elected_B, normalize, share_B, value_B)
+        if size < BLOCK:
+            deltas[:, size:] = _ZERO
+        won, drawn = elect(rows, 4 * BLOCK, count, voices, elect_by == ELECT_FREQUENCY, size, elected, moved)
+        tally += won
+        add_agreeing(rows, 4 * BLOCK, count, weights, elected, size, normalize, value)
         for s in range(size):
             value_B[s] = base_B[s] + value_B[s] * scale
         here = store(value_B, out, out_code, begin)
@@ -307,7 +242,7 @@ def prune_combine(
                     otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
                 draws += 1
         largest = max(largest, here)
-    return largest, largest_drawn, net_store.sum(), draws
+    return largest, largest_drawn, tally, draws
 
 
 @compiled_pass
