@@ -18,6 +18,8 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fl_merge.kernels import vectors
+
 _parts = hashlib.blake2b(digest_size=8)
 for _name in ("blocks.py", "scoring.py", "vectors.py"):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
@@ -42,6 +44,8 @@ BLOCK = 512
 """Elements that are worked on at a time: those of eight clients stay in the fastest cache."""
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3
+
+GROUP = vectors.GROUP
 
 DELTA32 = 4
 """What `load_delta` is to load is a delta already, in float32."""
@@ -176,51 +180,80 @@ def load(address, code, start, out_B):
 
 
 @compiled_part
-def _all_of(delta, limit):
-    return delta
+def load_delta(address, code, start, base_B, out_B):
+    """A client's elements minus the base's, in float32."""
+    size = out_B.size
+    if code == DELTA32:
+        given_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = given_B[s]
+    elif code == FLOAT32:
+        float_B = carray(pointer(address + 4 * start), (size,), np.float32)
+        for s in range(size):
+            out_B[s] = float_B[s] - base_B[s]
+    elif code == BFLOAT16:
+        bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_bfloat16(bits_B[s]) - base_B[s]
+    elif code == FLOAT16:
+        half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
+        for s in range(size):
+            out_B[s] = from_float16(half_B[s]) - base_B[s]
+    else:
+        double_B = carray(pointer(address + 8 * start), (size,), np.float64)
+        for s in range(size):
+            out_B[s] = np.float32(double_B[s]) - base_B[s]
 
 
 @compiled_part
-def _large(delta, limit):
-    return delta if abs(delta) >= limit else np.float32(0)
+def one_dtype(codes_N):
+    """Whether all clients have the same dtype, and one of those that `vectors` reads."""
+    for code in codes_N:
+        if code != codes_N[0]:
+            return False
+    return codes_N.size > 0 and codes_N[0] != DELTA32
 
 
-def _delta_loader(kept):
+def _loader(**how):
+    """`vectors.loads_models`, by the number of the dtype."""
+    float32, float64, bfloat16, float16 = (
+        vectors.loads_models(dtype, **how)
+        for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
+    )
+
     @compiled_part
-    def load(address, code, start, base_B, limit, out_B):
-        size = out_B.size
-        if code == DELTA32:
-            given_B = carray(pointer(address + 4 * start), (size,), np.float32)
-            for s in range(size):
-                out_B[s] = kept(given_B[s], limit)
-        elif code == FLOAT32:
-            float_B = carray(pointer(address + 4 * start), (size,), np.float32)
-            for s in range(size):
-                out_B[s] = kept(float_B[s] - base_B[s], limit)
+    def load(code, bases, models, start, count, limits, size, rows, stride):
+        if code == FLOAT32:
+            float32(bases, models, start, count, limits, size, rows, stride)
         elif code == BFLOAT16:
-            bits_B = carray(pointer(address + 2 * start), (size,), np.uint16)
-            for s in range(size):
-                out_B[s] = kept(from_bfloat16(bits_B[s]) - base_B[s], limit)
+            bfloat16(bases, models, start, count, limits, size, rows, stride)
         elif code == FLOAT16:
-            half_B = carray(pointer(address + 2 * start), (size,), np.uint16)
-            for s in range(size):
-                out_B[s] = kept(from_float16(half_B[s]) - base_B[s], limit)
+            float16(bases, models, start, count, limits, size, rows, stride)
         else:
-            double_B = carray(pointer(address + 8 * start), (size,), np.float64)
-            for s in range(size):
-                out_B[s] = kept(np.float32(double_B[s]) - base_B[s], limit)
+            float64(bases, models, start, count, limits, size, rows, stride)
 
     return load
 
 
-_load_all, load_large_delta = _delta_loader(_all_of), _delta_loader(_large)
-"""A client's elements minus the base's, in float32; the second puts 0 where the magnitude is below the limit."""
+load_all, load_trimmed = _loader(), _loader(trimmed=True)
+load_wide_models, load_wide_deltas = _loader(deltas=False, wide=True), _loader(wide=True)
 
 
 @compiled_part
-def load_delta(address, code, start, base_B, out_B):
-    """A client's elements minus the base's, in float32."""
-    _load_all(address, code, start, base_B, np.float32(0), out_B)
+def load_deltas(clients_N, codes_N, start, base_B, out_NB):
+    """The elements of all clients minus the base's, in float32.
+
+    Args:
+        out_NB: contiguous; a row may be longer than the base.
+    """
+    size, count, done = base_B.size, clients_N.size, 0
+    if one_dtype(codes_N):
+        done = size - size % GROUP
+        bases, models, rows = base_B.ctypes.data, clients_N.ctypes.data, out_NB.ctypes.data
+        load_all(codes_N[0], bases, models, start, count, 0, done, rows, 4 * out_NB.shape[1])
+    if done < size:
+        for n in range(count):
+            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], out_NB[n, done:size])
 
 
 @compiled_part

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fl_merge.kernels.blocks import BLOCK, compiled_part, compiled_pass, load, load_delta, store
+from fl_merge.kernels.blocks import BLOCK, compiled_part, compiled_pass, load, load_deltas, store
 
 MEDIAN, TRIMMED_MEAN, AROUND_MEDIAN, LARGEST, UNIFIED, CONSENSUS, DAMPED = 1, 2, 3, 4, 5, 6, 7
 
@@ -159,8 +159,7 @@ def combine_elements(
         size = min(BLOCK, stop - begin)
         base_B, value_B, other_B = base_store[:size], value_store[:size], other_store[:size]
         load(base, base_code, begin, base_B)
-        for n in range(clients_N.size):
-            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+        load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
         if kind <= AROUND_MEDIAN:
             _sort(delta_NB, size, pairs_P2)
             if kind == MEDIAN:

@@ -1,7 +1,7 @@
 """Inner products of every pair of clients, in the order of additions that `ops.gram.gram_partials` defines.
 
 A product of two float32 is exact in float64, so that fused multiply-adds round as products that are added do.
-Suffixes: N clients, B the elements of a chunk, T tiles of pairs, L lanes.
+Suffixes: N clients, B the elements of a chunk, T tiles, P pairs of a tile, L lanes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fl_merge.kernels.blocks import compiled_pass, load, load_delta
+from fl_merge.kernels import vectors
+from fl_merge.kernels.blocks import compiled_pass, load, load_delta, load_wide_deltas, load_wide_models, one_dtype
 
 LANES, GROUP = 16, 1024
 """As `ops.gram` has them."""
@@ -20,108 +21,123 @@ LANES, GROUP = 16, 1024
 _CHUNK = 256
 """Elements that are worked on at a time: those of eight clients, in float64, take half of the fastest cache."""
 
-_ROWS, _COLUMNS, _WIDE = 4, 2, 8
-"""Pairs whose sums are kept in registers together, and how many lanes of each."""
+_SIDE, _WIDE = 4, 8
+"""Clients of a tile, whose pairs' sums are kept in registers together, and how many lanes of each."""
+
+_SQUARE = [(row, column) for row in range(_SIDE) for column in range(_SIDE)]
+_TRIANGLE = [(row, column) for row, column in _SQUARE if row <= column]
 
 
-@intrinsic
-def _add_products(context, rows, columns, stride, steps, sums):
-    """sums[r, c, l] += sum over steps of rows[r, step, l] * columns[c, step, l], one step after the other.
+def _adder(pairs):
+    """sums[pair, l] += sum over steps of rows[r, step, l] * columns[c, step, l], one step after the other.
 
-    Args:
-        rows, columns: addresses of _ROWS and _COLUMNS vectors of float64, `stride` bytes apart; each has `steps` times
-            LANES elements.
-        sums: the address of (_ROWS, _COLUMNS, LANES) float64.
+    Args of what this gives:
+        rows, columns: addresses of _SIDE vectors of float64, `stride` bytes apart; each has `steps` times LANES
+            elements.
+        sums: the address of (len(pairs), LANES) float64.
     """
 
-    def emit(context, builder, signature, arguments):
-        rows, columns, stride, steps, sums = arguments
-        word, vector = ir.IntType(64), ir.VectorType(ir.DoubleType(), _WIDE)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_WIDE}f64"
-        )
+    @intrinsic
+    def add_products(context, rows, columns, stride, steps, sums):
+        def emit(context, builder, signature, arguments):
+            rows, columns, stride, steps, sums = arguments
+            word, vector = ir.IntType(64), ir.VectorType(ir.DoubleType(), _WIDE)
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_WIDE}f64"
+            )
 
-        def number(value):
-            return ir.Constant(word, value)
+            def number(value):
+                return ir.Constant(word, value)
 
-        def at(address):
-            return builder.inttoptr(address, vector.as_pointer())
+            def at(address):
+                return builder.inttoptr(address, vector.as_pointer())
 
-        for first in range(0, LANES, _WIDE):
-            places = [builder.add(sums, number(8 * (LANES * pair + first))) for pair in range(_ROWS * _COLUMNS)]
-            kept = [cgutils.alloca_once(builder, vector) for _ in places]
-            for place, sum_L in zip(places, kept, strict=True):
-                builder.store(builder.load(at(place), align=8), sum_L)
-            with cgutils.for_range(builder, steps, intp=word) as loop:
-                offset = builder.add(builder.mul(loop.index, number(8 * LANES)), number(8 * first))
+            for first in range(0, LANES, _WIDE):
+                places = [builder.add(sums, number(8 * (LANES * pair + first))) for pair in range(len(pairs))]
+                kept = [cgutils.alloca_once(builder, vector) for _ in places]
+                for place, sum_L in zip(places, kept, strict=True):
+                    builder.store(builder.load(at(place), align=8), sum_L)
+                with cgutils.for_range(builder, steps, intp=word) as loop:
+                    offset = builder.add(builder.mul(loop.index, number(8 * LANES)), number(8 * first))
 
-                def vectors(start, count, offset=offset):
-                    starts = (builder.add(start, builder.mul(stride, number(n))) for n in range(count))
-                    return [builder.load(at(builder.add(each, offset)), align=8) for each in starts]
+                    def vectors(start, offset=offset):
+                        starts = (builder.add(start, builder.mul(stride, number(n))) for n in range(_SIDE))
+                        return [builder.load(at(builder.add(each, offset)), align=8) for each in starts]
 
-                left, right = vectors(rows, _ROWS), vectors(columns, _COLUMNS)
-                for pair, sum_L in enumerate(kept):
-                    factors = left[pair // _COLUMNS], right[pair % _COLUMNS]
-                    builder.store(builder.call(fma, [*factors, builder.load(sum_L)]), sum_L)
-            for place, sum_L in zip(places, kept, strict=True):
-                builder.store(builder.load(sum_L), at(place), align=8)
-        return context.get_dummy_value()
+                    left = vectors(rows)
+                    right = left if pairs is _TRIANGLE else vectors(columns)
+                    for (row, column), sum_L in zip(pairs, kept, strict=True):
+                        builder.store(builder.call(fma, [left[row], right[column], builder.load(sum_L)]), sum_L)
+                for place, sum_L in zip(places, kept, strict=True):
+                    builder.store(builder.load(sum_L), at(place), align=8)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), emit
+        return types.void(*[types.int64] * 5), emit
+
+    return add_products
+
+
+_add_square, _add_triangle = _adder(_SQUARE), _adder(_TRIANGLE)
 
 
 @compiled_pass
 def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_NN):
     """Inner products of the clients' float32 deltas, or of their float32 weights, of one block; above the diagonal."""
     count = clients_N.size
-    padded = (count + _ROWS - 1) // _ROWS * _ROWS
-    tiles = 0
-    for row in range(0, padded, _ROWS):
-        tiles += (padded - row) // _COLUMNS
+    sides = (count + _SIDE - 1) // _SIDE
+    padded = sides * _SIDE
+    tiles = sides * (sides + 1) // 2
     groups = (stop - start + GROUP - 1) // GROUP
-    base_store, vector_store = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    base_store = np.empty(_CHUNK, np.float32)
     chunk_NB = np.zeros((padded, _CHUNK), np.float64)
-    sums_TL = np.empty((tiles, _ROWS * _COLUMNS, LANES), np.float64)
-    chunks, sums = chunk_NB.ctypes.data, sums_TL.ctypes.data
+    sums_TPL = np.empty((tiles, _SIDE * _SIDE, LANES), np.float64)
+    alike, bases = one_dtype(codes_N), base_store.ctypes.data
+    chunks, sums = chunk_NB.ctypes.data, sums_TPL.ctypes.data
     totals_NNG = np.zeros((padded, padded, groups), np.float64)
     for group in range(groups):
-        sums_TL[:] = 0.0
+        sums_TPL[:] = 0.0
         first = start + group * GROUP
         for begin in range(first, min(first + GROUP, stop), _CHUNK):
             size = min(_CHUNK, stop - begin)
-            base_B, vector_B = base_store[:size], vector_store[:size]
+            base_B, done = base_store[:size], 0
             if deltas:
                 load(base, base_code, begin, base_B)
-            for n in range(count):
+            # In float32, and widened as they are written.
+            if alike:
+                done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
                 if deltas:
-                    load_delta(clients_N[n], codes_N[n], begin, base_B, vector_B)
+                    load_wide_deltas(codes_N[0], *where, 0, done, chunks, 8 * _CHUNK)
                 else:
-                    load(clients_N[n], codes_N[n], begin, vector_B)
-                out_B = chunk_NB[n]
-                for s in range(size):
-                    out_B[s] = vector_B[s]
-                for s in range(size, _CHUNK):
-                    out_B[s] = 0.0
-            tile = 0
-            for row in range(0, padded, _ROWS):
-                for column in range(row, padded, _COLUMNS):
-                    _add_products(
-                        chunks + 8 * _CHUNK * row,
-                        chunks + 8 * _CHUNK * column,
-                        8 * _CHUNK,
-                        (size + LANES - 1) // LANES,
-                        sums + 8 * LANES * _ROWS * _COLUMNS * tile,
-                    )
-                    tile += 1
+                    load_wide_models(codes_N[0], *where, 0, done, chunks, 8 * _CHUNK)
+            if done < size:
+                for n in range(count):
+                    rest_B = chunk_NB[n, done:size]
+                    if deltas:
+                        load_delta(clients_N[n], codes_N[n], begin + done, base_B[done:], rest_B)
+                    else:
+                        load(clients_N[n], codes_N[n], begin + done, rest_B)
+            if size < _CHUNK:
+                chunk_NB[:, size:] = 0.0
+            tile, stride, steps = sums, 8 * _CHUNK, (size + LANES - 1) // LANES
+            for row in range(0, padded, _SIDE):
+                rows = chunks + stride * row
+                _add_triangle(rows, rows, stride, steps, tile)
+                for column in range(row + _SIDE, padded, _SIDE):
+                    tile += 8 * LANES * _SIDE * _SIDE
+                    _add_square(rows, chunks + stride * column, stride, steps, tile)
+                tile += 8 * LANES * _SIDE * _SIDE
         tile = 0
-        for row in range(0, padded, _ROWS):
-            for column in range(row, padded, _COLUMNS):
-                for pair in range(_ROWS * _COLUMNS):
-                    sum_L = sums_TL[tile, pair]
-                    for half in (8, 4, 2, 1):
-                        for s in range(half):
-                            sum_L[s] += sum_L[s + half]
-                    totals_NNG[row + pair // _COLUMNS, column + pair % _COLUMNS, group] = sum_L[0]
+        for row in range(0, padded, _SIDE):
+            for column in range(row, padded, _SIDE):
+                pair = 0
+                for r in range(_SIDE):
+                    for c in range(r if row == column else 0, _SIDE):
+                        sum_L = sums_TPL[tile, pair]
+                        for half in (8, 4, 2, 1):
+                            for s in range(half):
+                                sum_L[s] += sum_L[s + half]
+                        totals_NNG[row + r, column + c, group] = sum_L[0]
+                        pair += 1
                 tile += 1
     for row in range(count):
         for column in range(row, count):

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from fl_merge.kernels import vectors
 from fl_merge.kernels.blocks import (
+    BFLOAT16,
     BLOCK,
+    FLOAT16,
+    FLOAT32,
+    GROUP,
     MAGNITUDE,
     add_scaled_delta,
     bits_of,
@@ -18,18 +23,38 @@ from fl_merge.kernels.blocks import (
     compiled_pass,
     load,
     load_delta,
+    load_deltas,
     load_double,
-    load_large_delta,
+    load_trimmed,
+    one_dtype,
     store,
     uniform_words,
 )
 from fl_merge.kernels.scoring import variances
-from fl_merge.kernels.vectors import add_agreeing, add_weighted, elect
+from fl_merge.kernels.vectors import DOUBLES, add_agreeing, add_weighted
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+
+_add_float32, _add_float64, _add_bfloat16, _add_float16 = (
+    vectors.adds_models(dtype) for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
+)
+_elect_by_number, _elect_by_total = vectors.elects(by_number=True), vectors.elects(by_number=False)
+
+
+@compiled_part
+def _add_models(bases, addresses, code, begin, count, scaling, coefficients, size, values):
+    """The sums of one block, by the dtype of the clients."""
+    if code == FLOAT32:
+        _add_float32(bases, addresses, begin, count, scaling, coefficients, size, values)
+    elif code == BFLOAT16:
+        _add_bfloat16(bases, addresses, begin, count, scaling, coefficients, size, values)
+    elif code == FLOAT16:
+        _add_float16(bases, addresses, begin, count, scaling, coefficients, size, values)
+    else:
+        _add_float64(bases, addresses, begin, count, scaling, coefficients, size, values)
 
 
 @compiled_pass
@@ -42,17 +67,26 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
     base_store = np.empty(BLOCK, np.float64)
     total_store = np.empty(BLOCK, np.float64)
     value_store = np.empty(BLOCK, np.float32)
+    bases, values = base_store.ctypes.data, value_store.ctypes.data
+    addresses, coefficients = clients_N.ctypes.data, coefficients_N.ctypes.data
+    alike = one_dtype(codes_N)
     largest = np.uint32(0)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, total_B, value_B = base_store[:size], total_store[:size], value_store[:size]
         load_double(base, base_code, begin, base_B)
-        for s in range(size):
-            total_B[s] = base_B[s] * scaling
-        for n in range(clients_N.size):
-            add_scaled_delta(clients_N[n], codes_N[n], begin, base_B, coefficients_N[n], total_B)
-        for s in range(size):
-            value_B[s] = np.float32(total_B[s])
+        done = 0
+        if alike:
+            done = size - size % DOUBLES
+            _add_models(bases, addresses, codes_N[0], begin, codes_N.size, scaling, coefficients, done, values)
+        if done < size:
+            for s in range(done, size):
+                total_B[s] = base_B[s] * scaling
+            rest_B, sum_B = base_B[done:], total_B[done:]
+            for n in range(clients_N.size):
+                add_scaled_delta(clients_N[n], codes_N[n], begin + done, rest_B, coefficients_N[n], sum_B)
+            for s in range(done, size):
+                value_B[s] = np.float32(total_B[s])
         largest = max(largest, store(value_B, out, out_code, begin))
     return largest
 
@@ -76,22 +110,36 @@ def _keep_random(delta_B, key, start, limit, divisor, draws_H):
 
 
 @compiled_part
-def _keep_largest(delta_B, threshold, above, before):
-    """Keep an element above the threshold, or just on it if it is one of the first `before`.
+def _load_largest(clients_N, codes_N, start, base_B, known, limit_N, delta_NB):
+    """Deltas of which an element is kept that is above its client's threshold, or just on it and not behind the place
+    `last`.
 
     Args:
-        above: the float32 that follows the threshold.
+        known: thresholds_N, above_N, last_N: above is the float32 that follows the threshold.
+        limit_N: scratch.
     """
-    head_B, tail_B = delta_B[:before], delta_B[before:]
-    for s in range(head_B.size):
-        head_B[s] = head_B[s] if abs(head_B[s]) >= threshold else _ZERO
-    for s in range(tail_B.size):
-        tail_B[s] = tail_B[s] if abs(tail_B[s]) >= above else _ZERO
+    thresholds_N, above_N, last_N = known
+    size, count, done = base_B.size, clients_N.size, 0
+    whole = one_dtype(codes_N)
+    for n in range(count):
+        whole = whole and not start < last_N[n] + 1 < start + size
+        limit_N[n] = thresholds_N[n] if start < last_N[n] + 1 else above_N[n]
+    if whole:
+        done = size - size % GROUP
+        bases, models, limits = base_B.ctypes.data, clients_N.ctypes.data, limit_N.ctypes.data
+        load_trimmed(codes_N[0], bases, models, start, count, limits, done, delta_NB.ctypes.data, 4 * BLOCK)
+    if done < size:
+        for n in range(count):
+            delta_B = delta_NB[n, done:size]
+            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], delta_B)
+            for s in range(delta_B.size):
+                limit = thresholds_N[n] if start + done + s <= last_N[n] else above_N[n]
+                delta_B[s] = delta_B[s] if abs(delta_B[s]) >= limit else _ZERO
 
 
 @compiled_part
 def _drop_largest(delta_B, threshold, above, last):
-    """What `_keep_largest` would keep is set to 0."""
+    """What `_load_largest` would keep is set to 0."""
     before = min(max(last + 1, 0), delta_B.size)
     head_B, tail_B = delta_B[:before], delta_B[before:]
     for s in range(head_B.size):
@@ -102,7 +150,7 @@ def _drop_largest(delta_B, threshold, above, last):
 
 @compiled_part
 def _keep_varying(delta_NB, threshold, above, last, mean_B, variance_B):
-    """Keep the deltas of an element whose variance over the clients is above the cut, as `_keep_largest`."""
+    """Keep the deltas of an element whose variance over the clients is above the cut, as `_load_largest`."""
     size = variance_B.size
     variances(delta_NB, mean_B, variance_B)
     before = min(max(last + 1, 0), size)
@@ -180,8 +228,8 @@ def prune_combine(
     moved_store = np.empty(BLOCK, np.float32)
     share_store = np.empty(BLOCK, np.float32)
     value_store = np.empty(BLOCK, np.float32)
-    deltas = np.zeros((count, BLOCK), np.float32)
-    rows, weights, voices = deltas.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
+    delta_NB, limit_N = np.zeros((count, BLOCK), np.float32), np.empty(count, np.float32)
+    rows, weights, voices = delta_NB.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
     elected, moved = elected_store.ctypes.data, moved_store.ctypes.data
     value = value_store.ctypes.data
     draws_H = np.empty(BLOCK // 2, np.uint64)
@@ -193,24 +241,19 @@ def prune_combine(
         base_B, value_B = base_store[:size], value_store[:size]
         moved_B, share_B = moved_store[:size], share_store[:size]
         load(base, base_code, begin, base_B)
-        for n in range(count):
-            delta_B = deltas[n, :size]
-            if prune in (KEEP_LARGEST, KEEP_MIDDLE):
-                before = last_N[n] + 1 - begin
-                if 0 < before < size:
-                    load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
-                    _keep_largest(delta_B, thresholds_N[n], above_N[n], before)
-                else:
-                    limit = above_N[n] if before <= 0 else thresholds_N[n]
-                    load_large_delta(clients_N[n], codes_N[n], begin, base_B, limit, delta_B)
-                if prune == KEEP_MIDDLE:
-                    _drop_largest(delta_B, top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
-                continue
-            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_B)
-            if prune == KEEP_RANDOM:
-                _keep_random(delta_B, keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
+        if prune in (KEEP_LARGEST, KEEP_MIDDLE):
+            known = thresholds_N, above_N, last_N
+            _load_largest(clients_N, codes_N, begin, base_B, known, limit_N, delta_NB)
+        else:
+            load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
+        if prune == KEEP_MIDDLE:
+            for n in range(count):
+                _drop_largest(delta_NB[n, :size], top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
+        if prune == KEEP_RANDOM:
+            for n in range(count):
+                _keep_random(delta_NB[n, :size], keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
         if prune == KEEP_VARYING:
-            _keep_varying(deltas, thresholds_N[0], above_N[0], last_N[0] - begin, share_B, value_B)
+            _keep_varying(delta_NB, thresholds_N[0], above_N[0], last_N[0] - begin, share_B, value_B)
         if elect_by == ELECT_NONE:
             add_weighted(rows, 4 * BLOCK, count, weights, size, value)
             for s in range(size):
@@ -218,8 +261,11 @@ def prune_combine(
             largest = max(largest, store(value_B, out, out_code, begin))
             continue
         if size < BLOCK:
-            deltas[:, size:] = _ZERO
-        won, drawn = elect(rows, 4 * BLOCK, count, voices, elect_by == ELECT_FREQUENCY, size, elected, moved)
+            delta_NB[:, size:] = _ZERO
+        if elect_by == ELECT_FREQUENCY:
+            won, drawn = _elect_by_number(rows, 4 * BLOCK, count, voices, size, elected, moved)
+        else:
+            won, drawn = _elect_by_total(rows, 4 * BLOCK, count, voices, size, elected, moved)
         tally += won
         add_agreeing(rows, 4 * BLOCK, count, weights, elected, size, normalize, value)
         for s in range(size):
@@ -239,7 +285,7 @@ def prune_combine(
                 largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
                 if draws < drawn_M.size:
                     drawn_M[draws] = begin + s
-                    otherwise_M[draws] = base_B[s] + _with_minus(deltas, weights_N, s, normalize) * scale
+                    otherwise_M[draws] = base_B[s] + _with_minus(delta_NB, weights_N, s, normalize) * scale
                 draws += 1
         largest = max(largest, here)
     return largest, largest_drawn, tally, draws

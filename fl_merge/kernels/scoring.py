@@ -16,7 +16,7 @@ from fl_merge.kernels.blocks import (
     compiled_pass,
     from_bits,
     load,
-    load_delta,
+    load_deltas,
     store,
 )
 
@@ -115,8 +115,7 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
     base_B = work_KB[0, :size]
     load(base, base_code, begin, base_B)
     delta_NB = score_RB if kind == DELTAS else work_KB[SCRATCH:]
-    for n in range(clients_N.size):
-        load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+    load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
     if kind == VARIANCE:
         variances(delta_NB, work_KB[1, :size], score_RB[0, :size])
     elif kind == BALANCE:
@@ -137,8 +136,7 @@ def largest_of_products(base, base_code, clients_N, codes_N, start, stop, larges
         size = min(BLOCK, stop - begin)
         base_B, total_B = base_store[:size], total_store[:size]
         load(base, base_code, begin, base_B)
-        for n in range(count):
-            load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+        load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
         _sum(delta_NB, total_B)
         for n in range(count):
             delta_B = delta_NB[n, :size]
@@ -173,8 +171,7 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
                 size = min(BLOCK, end - begin)
                 base_B, variance_B = base_store[:size], variance_store[:size]
                 load(base, base_code, begin, base_B)
-                for n in range(count):
-                    load_delta(clients_N[n], codes_N[n], begin, base_B, delta_NB[n, :size])
+                load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
                 variances(delta_NB, mean_store[:size], variance_B)
                 before = min(max(last + 1 - begin, 0), size)
                 for s in range(size):
