@@ -25,7 +25,10 @@ from fl_merge.kernels.blocks import (
 _DIGIT = 11
 _BINS = 1 << _DIGIT
 _FEW = 16
-"""Rows up to this length are sorted by insertion alone."""
+"""Rows up to this length are sorted by exchanges alone."""
+
+_TURNS = 32
+"""How often neighbours are exchanged at most before most of a row is taken to be in few bins."""
 
 _MOST_BINS = 1 << 16
 
@@ -33,27 +36,27 @@ _ZERO = np.float32(0)
 
 
 @compiled_part
-def _by_insertion(bits_R, order_R, limit):
-    """Sort by the bits, the largest first and equal ones in the order in which they were; false if more than `limit`
-    moves are needed."""
-    moves = 0
-    for r in range(1, order_R.size):
-        element = order_R[r]
-        bits = bits_R[element]
-        at = r
-        while at > 0 and bits_R[order_R[np.uint32(at - 1)]] < bits:
-            order_R[np.uint32(at)] = order_R[np.uint32(at - 1)]
-            at -= 1
-        order_R[np.uint32(at)] = element
-        moves += r - at
-        if moves > limit:
-            return False
-    return True
+def _by_exchange(keys_R, most):
+    """Sort what is nearly sorted, by exchanging neighbours in turns; false if `most` turns are not enough."""
+    for _ in range(most):
+        exchanged = np.uint64(0)
+        for first in range(2):
+            pairs = (keys_R.size - first) // 2
+            pair_P = keys_R[first : first + 2 * pairs]
+            for p in range(pairs):
+                one, two = pair_P[2 * p], pair_P[2 * p + 1]
+                smaller, larger = min(one, two), max(one, two)
+                pair_P[2 * p], pair_P[2 * p + 1] = smaller, larger
+                exchanged |= one ^ smaller
+        if exchanged == 0:
+            return True
+    return False
 
 
 @compiled_part
-def _by_size(bits_R, bins_R, starts_K, order_R):
-    """The same, given that magnitudes are spread over their range: there are more bins of equal width than elements.
+def _by_size(bits_R, bins_R, starts_K, keys_R):
+    """Write the keys in order, given that magnitudes are spread over their range: there are more bins of equal width
+    than elements.
 
     Returns:
         False if they are not.
@@ -71,15 +74,24 @@ def _by_size(bits_R, bins_R, starts_K, order_R):
     for r in range(bits_R.size):
         starts_K[bins_R[r]] += np.uint32(1)
     before = np.uint32(0)
-    for k in range(starts_K.size):
-        here = starts_K[k]
-        starts_K[k] = before
-        before = np.uint32(before + here)
+    for k in range(0, starts_K.size, 4):  # bins are a multiple of 4
+        one, two = starts_K[k], np.uint32(starts_K[k] + starts_K[k + 1])
+        three = np.uint32(two + starts_K[k + 2])
+        after = np.uint32(before + np.uint32(three + starts_K[k + 3]))
+        starts_K[k], starts_K[k + 1] = before, np.uint32(before + one)
+        starts_K[k + 2], starts_K[k + 3] = np.uint32(before + two), np.uint32(before + three)
+        before = after
     for r in range(bits_R.size):
         start = starts_K[bins_R[r]]
-        order_R[start] = np.uint32(r)
+        keys_R[start] = _key(bits_R[r], r)
         starts_K[bins_R[r]] = np.uint32(start + np.uint32(1))
-    return _by_insertion(bits_R, order_R, 4 * bits_R.size)
+    return _by_exchange(keys_R, _TURNS)
+
+
+@compiled_part
+def _key(bits, place):
+    """What is sorted: the largest magnitude first, equal ones in the order in which they were."""
+    return (np.uint64(MAGNITUDE - bits) << np.uint64(32)) | np.uint64(place)
 
 
 @compiled_part
@@ -112,17 +124,16 @@ def _by_digits(keys_R, other_R, counts_3K):
 
 
 @compiled_part
-def _sort(bits_R, bins_R, starts_K, order_R, keys_R, other_R, counts_3K):
+def _sort(bits_R, bins_R, starts_K, keys_R, other_R, counts_3K):
+    """The keys in order; gives the array in which they are."""
+    if bits_R.size > _FEW and _by_size(bits_R, bins_R, starts_K, keys_R):
+        return keys_R
+    for r in range(bits_R.size):
+        keys_R[r] = _key(bits_R[r], r)
     if bits_R.size <= _FEW:
-        for r in range(bits_R.size):
-            order_R[r] = np.uint32(r)
-        _by_insertion(bits_R, order_R, bits_R.size * bits_R.size)
-    elif not _by_size(bits_R, bins_R, starts_K, order_R):
-        for r in range(bits_R.size):
-            keys_R[r] = (np.uint64(MAGNITUDE - bits_R[r]) << np.uint64(32)) | np.uint64(r)
-        sorted_R = _by_digits(keys_R, other_R, counts_3K)
-        for r in range(bits_R.size):
-            order_R[r] = np.uint32(sorted_R[r])
+        _by_exchange(keys_R, _FEW)
+        return keys_R
+    return _by_digits(keys_R, other_R, counts_3K)
 
 
 @compiled_pass
@@ -136,8 +147,8 @@ def keep_ranked(base, base_code, client, code, start, stop, row, key, highest, s
         out_S: takes it, float32.
     """
     base_R, delta_R = np.empty(row, np.float32), np.empty(row, np.float32)
-    bits_R, bins_R, order_R = np.empty(row, np.uint32), np.empty(row, np.uint32), np.empty(row, np.uint32)
-    bins = 2
+    bits_R, bins_R = np.empty(row, np.uint32), np.empty(row, np.uint32)
+    bins = 4
     while bins < 2 * row and bins < _MOST_BINS:
         bins *= 2
     starts_K = np.empty(bins, np.uint32)
@@ -145,11 +156,12 @@ def keep_ranked(base, base_code, client, code, start, stop, row, key, highest, s
     counts_3K = np.empty((3, _BINS), np.int64)
     draws_H = np.empty(row // 2 + 2, np.uint64)
     # By place: below which number of 32 bits a draw keeps, and what is divided by.
+    limits_R, divisors_R = np.empty(row, np.uint64), np.empty(row, np.float32)
     limit_R, divisor_R = np.empty(row, np.uint64), np.empty(row, np.float32)
     for place in range(row if spread >= 0 and row > 1 else 0):
         chance = highest - np.float64(place) / np.float64(row - 1) * spread
-        limit_R[place] = np.uint64(max(math.ceil(chance * 2.0**32), 0))
-        divisor_R[place] = np.float32(chance) if own_chance else divisor
+        limits_R[place] = np.uint64(max(math.ceil(chance * 2.0**32), 0))
+        divisors_R[place] = np.float32(chance) if own_chance else divisor
     for begin in range(start, stop, row):
         load(base, base_code, begin, base_R)
         load_delta(client, code, begin, base_R, delta_R)
@@ -160,12 +172,12 @@ def keep_ranked(base, base_code, client, code, start, stop, row, key, highest, s
             continue
         for r in range(row):
             bits_R[r] = np.uint32(bits_of(delta_R[r]) & MAGNITUDE)
-        _sort(bits_R, bins_R, starts_K, order_R, keys_R, other_R, counts_3K)
+        sorted_R = _sort(bits_R, bins_R, starts_K, keys_R, other_R, counts_3K)
         for place in range(row):
-            bins_R[order_R[place]] = np.uint32(place)
+            r = np.uint32(sorted_R[place])
+            limit_R[r], divisor_R[r] = limits_R[place], divisors_R[place]
         uniform_words(key, begin // 2, draws_H)
         words = draws_H.view(np.uint32)[begin % 2 :]
         for r in range(row):
-            place = bins_R[r]
-            kept = delta_R[r] if np.uint64(words[r]) < limit_R[place] else _ZERO
-            kept_R[r] = kept / divisor_R[place]
+            kept = delta_R[r] if np.uint64(words[r]) < limit_R[r] else _ZERO
+            kept_R[r] = kept / divisor_R[r]
