@@ -60,12 +60,12 @@ def _adder(pairs):
                 with cgutils.for_range(builder, steps, intp=word) as loop:
                     offset = builder.add(builder.mul(loop.index, number(8 * LANES)), number(8 * first))
 
-                    def vectors(start, offset=offset):
+                    def four(start, offset=offset):
                         starts = (builder.add(start, builder.mul(stride, number(n))) for n in range(_SIDE))
                         return [builder.load(at(builder.add(each, offset)), align=8) for each in starts]
 
-                    left = vectors(rows)
-                    right = left if pairs is _TRIANGLE else vectors(columns)
+                    left = four(rows)
+                    right = left if pairs is _TRIANGLE else four(columns)
                     for (row, column), sum_L in zip(pairs, kept, strict=True):
                         builder.store(builder.call(fma, [left[row], right[column], builder.load(sum_L)]), sum_L)
                 for place, sum_L in zip(places, kept, strict=True):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fl_merge.kernels import vectors
+from fl_merge.kernels import across, vectors
+from fl_merge.kernels.across import add_agreeing, add_weighted
 from fl_merge.kernels.blocks import (
     BFLOAT16,
     BLOCK,
@@ -30,8 +31,8 @@ from fl_merge.kernels.blocks import (
     store,
     uniform_words,
 )
-from fl_merge.kernels.scoring import variances
-from fl_merge.kernels.vectors import DOUBLES, add_agreeing, add_weighted
+from fl_merge.kernels.scoring import keep_varying
+from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
@@ -41,7 +42,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _add_float32, _add_float64, _add_bfloat16, _add_float16 = (
     vectors.adds_models(dtype) for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
 )
-_elect_by_number, _elect_by_total = vectors.elects(by_number=True), vectors.elects(by_number=False)
+_elect_by_number, _elect_by_total = across.elects(by_number=True), across.elects(by_number=False)
 
 
 @compiled_part
@@ -149,20 +150,6 @@ def _drop_largest(delta_B, threshold, above, last):
 
 
 @compiled_part
-def _keep_varying(delta_NB, threshold, above, last, mean_B, variance_B):
-    """Keep the deltas of an element whose variance over the clients is above the cut, as `_load_largest`."""
-    size = variance_B.size
-    variances(delta_NB, mean_B, variance_B)
-    before = min(max(last + 1, 0), size)
-    for s in range(size):
-        variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
-    for n in range(delta_NB.shape[0]):
-        delta_B = delta_NB[n, :size]
-        for s in range(size):
-            delta_B[s] = delta_B[s] if variance_B[s] > _ZERO else _ZERO
-
-
-@compiled_part
 def _with_minus(delta_NB, weights_N, s, normalize):
     """`add_agreeing` of one element for the sign -1."""
     total, share = -_ZERO, _ZERO
@@ -226,7 +213,6 @@ def prune_combine(
     base_store = np.empty(BLOCK, np.float32)
     elected_store = np.empty(BLOCK, np.float32)
     moved_store = np.empty(BLOCK, np.float32)
-    share_store = np.empty(BLOCK, np.float32)
     value_store = np.empty(BLOCK, np.float32)
     delta_NB, limit_N = np.zeros((count, BLOCK), np.float32), np.empty(count, np.float32)
     rows, weights, voices = delta_NB.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
@@ -239,7 +225,7 @@ def prune_combine(
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, value_B = base_store[:size], value_store[:size]
-        moved_B, share_B = moved_store[:size], share_store[:size]
+        moved_B = moved_store[:size]
         load(base, base_code, begin, base_B)
         if prune in (KEEP_LARGEST, KEEP_MIDDLE):
             known = thresholds_N, above_N, last_N
@@ -253,7 +239,7 @@ def prune_combine(
             for n in range(count):
                 _keep_random(delta_NB[n, :size], keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
         if prune == KEEP_VARYING:
-            _keep_varying(delta_NB, thresholds_N[0], above_N[0], last_N[0] - begin, share_B, value_B)
+            keep_varying(delta_NB, size, thresholds_N[0], above_N[0], last_N[0] + 1 - begin, value_store)
         if elect_by == ELECT_NONE:
             add_weighted(rows, 4 * BLOCK, count, weights, size, value)
             for s in range(size):

@@ -73,8 +73,10 @@ class Rows:
         kept._inputs, kept._kind, kept._numbers_2N = self._inputs, self._kind, self._numbers_2N
         kept._rows_R = self._rows_R[list(rows)]
         if self._kind == SCORES["deltas"]:
-            clients, kept._rows_R = np.unique(kept._rows_R, return_inverse=True)
-            kept._inputs = self._inputs.some(clients.tolist())
+            wanted = kept._rows_R.tolist()
+            clients = sorted(set(wanted))
+            kept._rows_R = np.array([clients.index(client) for client in wanted])
+            kept._inputs = self._inputs.some(clients)
         return kept
 
     @property

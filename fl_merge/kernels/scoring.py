@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fl_merge.kernels import across
 from fl_merge.kernels.blocks import (
     BLOCK,
     MAGNITUDE,
@@ -43,25 +44,30 @@ _U1, _U2, _U3 = np.float32(62370), np.float32(3150), np.float32(28)
 
 
 @compiled_part
-def variances(delta_NB, mean_B, out_B):
-    """`ops.scores.variance`."""
-    size, count = out_B.size, np.float32(delta_NB.shape[0])
-    first_B = delta_NB[0, :size]
-    mean_B[:] = _ZERO
-    for n in range(1, delta_NB.shape[0]):
-        delta_B = delta_NB[n, :size]
-        for s in range(size):
-            mean_B[s] += delta_B[s] - first_B[s]
+def variances(delta_NB, size, out_B):
+    """`ops.scores.variance` of the first `size` elements.
+
+    Args:
+        delta_NB, out_B: contiguous, with room for a whole last group.
+    """
+    across.variance(delta_NB.ctypes.data, 4 * delta_NB.shape[1], delta_NB.shape[0], size, out_B.ctypes.data)
+
+
+@compiled_part
+def keep_varying(delta_NB, size, threshold, above, before, variance_B):
+    """Keep the deltas of an element whose variance over the clients is above the threshold, or just on it if it is one
+    of the first `before`.
+
+    Args:
+        above: the float32 that follows the threshold.
+        variance_B: scratch, as for `variances`.
+    """
+    variances(delta_NB, size, variance_B)
+    before = min(max(before, 0), size)
     for s in range(size):
-        mean_B[s] = mean_B[s] / count
-        out_B[s] = mean_B[s] * mean_B[s]
-    for n in range(1, delta_NB.shape[0]):
-        delta_B = delta_NB[n, :size]
-        for s in range(size):
-            apart = (delta_B[s] - first_B[s]) - mean_B[s]
-            out_B[s] += apart * apart
-    for s in range(size):
-        out_B[s] = out_B[s] / count
+        variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
+    count, stride = delta_NB.shape[0], 4 * delta_NB.shape[1]
+    across.keep_where(delta_NB.ctypes.data, stride, count, variance_B.ctypes.data, size)
 
 
 @compiled_part
@@ -114,15 +120,16 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
     """
     base_B = work_KB[0, :size]
     load(base, base_code, begin, base_B)
-    delta_NB = score_RB if kind == DELTAS else work_KB[SCRATCH:]
+    count = clients_N.size
+    delta_NB = score_RB[:count] if kind == DELTAS else work_KB[SCRATCH : SCRATCH + count]
     load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
     if kind == VARIANCE:
-        variances(delta_NB, work_KB[1, :size], score_RB[0, :size])
+        variances(delta_NB, size, score_RB[0])
     elif kind == BALANCE:
-        total_B, count = work_KB[1, :size], np.float32(clients_N.size)
+        total_B, number = work_KB[1, :size], np.float32(count)
         _sum(delta_NB, total_B)
-        for n in range(clients_N.size):
-            _balance(delta_NB[n, :size], total_B, numbers_2N[0, n], numbers_2N[1, n], count, score_RB[n, :size])
+        for n in range(count):
+            _balance(delta_NB[n, :size], total_B, numbers_2N[0, n], numbers_2N[1, n], number, score_RB[n, :size])
 
 
 @compiled_pass
@@ -157,9 +164,9 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
         start, stop: from a multiple of 16384 on.
     """
     count = clients_N.size
-    base_store, mean_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    variance_store, delta_NB = np.empty(BLOCK, np.float32), np.zeros((count, BLOCK), np.float32)
-    sum_NL = np.empty((count, LANES), np.float64)
+    base_store, variance_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    delta_NB, sum_NL = np.zeros((count, BLOCK), np.float32), np.empty((count, LANES), np.float64)
+    rows, sums = delta_NB.ctypes.data, sum_NL.ctypes.data
     group_NG = np.zeros((count, SUM_BLOCK // GROUP), np.float64)
     for x in range(out_XN.shape[0]):
         first = start + x * SUM_BLOCK
@@ -169,24 +176,15 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
             sum_NL[:] = 0.0
             for begin in range(first + g * GROUP, min(first + (g + 1) * GROUP, end), BLOCK):
                 size = min(BLOCK, end - begin)
-                base_B, variance_B = base_store[:size], variance_store[:size]
+                base_B = base_store[:size]
                 load(base, base_code, begin, base_B)
                 load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
-                variances(delta_NB, mean_store[:size], variance_B)
-                before = min(max(last + 1 - begin, 0), size)
-                for s in range(size):
-                    limit = threshold if s < before else above
-                    variance_B[s] = _ONE if variance_B[s] >= limit else _ZERO
+                keep_varying(delta_NB, size, threshold, above, last + 1 - begin, variance_store)
+                end_of_lanes = (size + LANES - 1) // LANES * LANES
+                if end_of_lanes > size:
+                    delta_NB[:, size:end_of_lanes] = 0.0
                 for n in range(count):
-                    delta_B, sum_L = delta_NB[n], sum_NL[n]
-                    for s in range(size):
-                        delta_B[s] = delta_B[s] if variance_B[s] > _ZERO else _ZERO
-                    for s in range(size, (size + LANES - 1) // LANES * LANES):
-                        delta_B[s] = _ZERO
-                    for step in range(0, size, LANES):
-                        for lane in range(LANES):
-                            value = np.float64(delta_B[step + lane])
-                            sum_L[lane] += value * value
+                    across.add_squares(rows + 4 * BLOCK * n, size, sums + 8 * LANES * n)
             for n in range(count):
                 sum_L = sum_NL[n]
                 for half in (8, 4, 2, 1):

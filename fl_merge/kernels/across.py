@@ -1,0 +1,238 @@
+"""Parts of the compiled passes that go through rows of deltas: sums, elections and variances across the clients.
+
+As in `vectors`, groups of elements are outside and the clients inside, with what is summed in registers.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fl_merge.kernels.vectors import (
+    ADDRESS,
+    BITS,
+    DOUBLE,
+    FLOAT,
+    FLOATS,
+    GROUP,
+    MAGNITUDES,
+    WIDE,
+    WORD,
+    add_to,
+    cast,
+    clients,
+    constant,
+    everywhere,
+    groups,
+    load,
+    number,
+    place_of,
+    registers,
+    store,
+    vector,
+)
+
+_ZERO, _MINUS_ZERO, _ONE, _MINUS_ONE = (constant(FLOATS, value) for value in (0.0, -0.0, 1.0, -1.0))
+_NO_BITS = constant(BITS, 0)
+
+
+@intrinsic
+def add_weighted(context, rows, stride, count, weights, size, out):
+    """out[s] = -0.0 + rows[0, s] * weights[0] + rows[1, s] * weights[1] + ..., in float32."""
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, weights, size, out = arguments
+        parts = range(0, GROUP, WIDE)
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+            sums = registers(builder, [_MINUS_ZERO for _ in parts])
+            with clients(builder, count) as client:
+                weight = load(builder, place_of(builder, weights, client.index, FLOAT), FLOAT)
+                weight = everywhere(builder, weight)
+                row = builder.add(rows, builder.mul(stride, client.index))
+                for at, kept in zip(parts, sums, strict=True):
+                    delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
+                    add_to(builder, kept, builder.fmul(delta, weight))
+            for at, kept in zip(parts, sums, strict=True):
+                store(builder, builder.load(kept), place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 6), emit
+
+
+def _count(builder, lanes):
+    """How many lanes are set."""
+    return builder.zext(builder.ctpop(builder.bitcast(lanes, ir.IntType(WIDE))), WORD)
+
+
+def _sign_of(builder, number):
+    """Lanes above 0, lanes below, and 1, -1 or 0."""
+    up, down = (builder.fcmp_ordered(than, number, _ZERO) for than in "><")
+    return up, down, builder.select(up, _ONE, builder.select(down, _MINUS_ONE, _ZERO))
+
+
+def elects(*, by_number):
+    """The sign of each element: that of the sum of rows[n] * voices[n] or, `by_number`, of the sum of their signs.
+
+    An election is a draw where the sum is 0 and a delta is not: plus wins, and `drawn` is 1 there; elsewhere it is 0.
+
+    Args of what this gives:
+        rows: 0 from `size` to the end of the last group.
+
+    What this gives returns how many elections plus has won less how many minus has, draws aside; and how many draws
+    there are.
+    """
+
+    @intrinsic
+    def elect(context, rows, stride, count, voices, size, signs, drawn):
+
+        def emit(context, builder, signature, arguments):
+            rows, stride, count, voices, size, signs, drawn = arguments
+            parts = range(0, GROUP, WIDE)
+            tally, draws = registers(builder, [number(0), number(0)])
+
+            with groups(builder, size, GROUP) as group:
+                begin = builder.mul(group.index, number(GROUP))
+                sums = registers(builder, [_MINUS_ZERO for _ in parts])
+                moves = registers(builder, [_NO_BITS for _ in parts])
+                with clients(builder, count) as client:
+                    voice = load(builder, place_of(builder, voices, client.index, FLOAT), FLOAT)
+                    voice = everywhere(builder, voice)
+                    row = builder.add(rows, builder.mul(stride, client.index))
+                    for at, kept, moved in zip(parts, sums, moves, strict=True):
+                        delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
+                        add_to(builder, kept, _sign_of(builder, delta)[2] if by_number else builder.fmul(delta, voice))
+                        magnitude = builder.and_(builder.bitcast(delta, BITS), MAGNITUDES)
+                        add_to(builder, moved, magnitude, builder.or_)
+                for at, kept, moved in zip(parts, sums, moves, strict=True):
+                    total = builder.load(kept)
+                    up, down, sign = _sign_of(builder, total)
+                    still = builder.fcmp_ordered("==", total, _ZERO)
+                    draw = builder.and_(still, builder.icmp_unsigned("!=", builder.load(moved), _NO_BITS))
+                    add_to(builder, tally, builder.sub(_count(builder, up), _count(builder, down)), builder.add)
+                    add_to(builder, draws, _count(builder, draw), builder.add)
+                    store(builder, builder.select(draw, _ONE, sign), place_of(builder, signs, begin, FLOAT, at))
+                    store(builder, builder.select(draw, _ONE, _ZERO), place_of(builder, drawn, begin, FLOAT, at))
+            return context.make_tuple(builder, signature.return_type, [builder.load(tally), builder.load(draws)])
+
+        return types.UniTuple(types.int64, 2)(*[ADDRESS] * 7), emit
+
+    return elect
+
+
+@intrinsic
+def add_agreeing(context, rows, stride, count, weights, signs, size, normalize, out):
+    """The sum of rows[n] * weights[n] over the clients whose delta has the sign in `signs` (1 or -1; 0 for none); if
+    wanted, over the sum of their weights, and 0 where that is 0."""
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, weights, signs, size, normalize, out = arguments
+        parts = range(0, GROUP, WIDE)
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+            sums = registers(builder, [_MINUS_ZERO for _ in parts])
+            shares = registers(builder, [_ZERO for _ in parts])
+            elected = [load(builder, place_of(builder, signs, begin, FLOAT, at), FLOATS) for at in parts]
+            with clients(builder, count) as client:
+                weight = load(builder, place_of(builder, weights, client.index, FLOAT), FLOAT)
+                weight = everywhere(builder, weight)
+                row = builder.add(rows, builder.mul(stride, client.index))
+                for at, sign, total, share in zip(parts, elected, sums, shares, strict=True):
+                    delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
+                    # Times a sign, which cannot underflow to 0.
+                    agrees = builder.fcmp_ordered(">", builder.fmul(delta, sign), _ZERO)
+                    add_to(builder, total, builder.select(agrees, builder.fmul(delta, weight), _ZERO))
+                    add_to(builder, share, builder.select(agrees, weight, _ZERO))
+            for at, kept, kept_share in zip(parts, sums, shares, strict=True):
+                total, share = builder.load(kept), builder.load(kept_share)
+                some = builder.fcmp_ordered(">", share, _ZERO)
+                mean = builder.select(some, builder.fdiv(total, builder.select(some, share, _ONE)), _ZERO)
+                store(builder, builder.select(normalize, mean, total), place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 6, types.boolean, ADDRESS), emit
+
+
+@intrinsic
+def variance(context, rows, stride, count, size, out):
+    """The variance over the rows, as `ops.scores.variance`: of what is left when the first row is taken from all."""
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, size, out = arguments
+        parts = range(0, GROUP, WIDE)
+        divisor = everywhere(builder, builder.uitofp(count, FLOAT))
+        others = builder.sub(count, number(1))
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+            firsts = [load(builder, place_of(builder, rows, begin, FLOAT, at), FLOATS) for at in parts]
+
+            def apart(client, at, first, begin=begin):
+                row = builder.add(rows, builder.mul(stride, builder.add(client, number(1))))
+                return builder.fsub(load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS), first)
+
+            sums = registers(builder, [_ZERO for _ in parts])
+            with clients(builder, others) as client:
+                for at, first, kept in zip(parts, firsts, sums, strict=True):
+                    add_to(builder, kept, apart(client.index, at, first))
+            means = [builder.fdiv(builder.load(kept), divisor) for kept in sums]
+            squares = registers(builder, [builder.fmul(mean, mean) for mean in means])
+            with clients(builder, others) as client:
+                for at, first, mean, kept in zip(parts, firsts, means, squares, strict=True):
+                    left = builder.fsub(apart(client.index, at, first), mean)
+                    add_to(builder, kept, builder.fmul(left, left))
+            for at, kept in zip(parts, squares, strict=True):
+                found = builder.fdiv(builder.load(kept), divisor)
+                store(builder, found, place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 5), emit
+
+
+@intrinsic
+def keep_where(context, rows, stride, count, mask, size):
+    """0 in every row where the mask is not above 0."""
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, mask, size = arguments
+        parts = range(0, GROUP, WIDE)
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+            masks = [load(builder, place_of(builder, mask, begin, FLOAT, at), FLOATS) for at in parts]
+            kept = [builder.fcmp_ordered(">", each, _ZERO) for each in masks]
+            with clients(builder, count) as client:
+                row = builder.add(rows, builder.mul(stride, client.index))
+                for at, keep in zip(parts, kept, strict=True):
+                    place = place_of(builder, row, begin, FLOAT, at)
+                    store(builder, builder.select(keep, load(builder, place, FLOATS), _ZERO), place)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 5), emit
+
+
+@intrinsic
+def add_squares(context, row, size, sums):
+    """sums[l] += the squares, in float64, of the elements l, l + 16, l + 32 ... of a row, one after the other.
+
+    Args:
+        row: of float32; 0 from `size` to the end of the last 16.
+        sums: (16,) of float64.
+    """
+
+    def emit(context, builder, signature, arguments):
+        row, size, sums = arguments
+        half = WIDE // 2
+        kind = vector(DOUBLE, half)
+        places = [place_of(builder, sums, 0, DOUBLE, at) for at in (0, half)]
+        kept = registers(builder, [load(builder, place, kind) for place in places])
+        with groups(builder, size, WIDE) as group:
+            begin = builder.mul(group.index, number(WIDE))
+            for at, sum_L in zip((0, half), kept, strict=True):
+                values = load(builder, place_of(builder, row, begin, FLOAT, at), vector(FLOAT, half))
+                wide = cast(builder, values, DOUBLE)
+                add_to(builder, sum_L, builder.fmul(wide, wide))
+        for place, sum_L in zip(places, kept, strict=True):
+            store(builder, builder.load(sum_L), place)
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 3), emit
