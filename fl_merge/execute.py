@@ -217,6 +217,7 @@ def worker_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     torch_threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,)) as pool:
+            torch.set_num_threads(1)  # in this thread too, which prepares while the others work
             yield pool
     finally:
         torch.set_num_threads(torch_threads)
