@@ -25,6 +25,8 @@ def read_yaml(path: str | Path) -> object:
         raise RecipeError(f"recipe '{path}': not a text file in UTF-8") from None
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise RecipeError(f"recipe '{path}': not valid YAML: nested too deeply") from None
     except yaml.YAMLError as error:
         told = " ".join(str(error).split()).replace(' in "<unicode string>",', ",")
         raise RecipeError(f"recipe '{path}': not valid YAML: {told}") from None

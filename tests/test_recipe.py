@@ -263,6 +263,11 @@ def test_what_is_no_yaml_is_said_on_one_line_with_its_place(load, text, problem)
     assert "\n" not in str(caught.value)
 
 
+def test_lists_in_lists_without_end_are_no_recipe(load):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml': not valid YAML: nested too deeply$"):
+        load("merge_method: " + "[" * 20_000)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError) as caught:
         Recipe.load(tmp_path / "missing.yaml")

@@ -261,10 +261,16 @@ def _source(where: str, content: object) -> Source:
 
 
 def _require_distinct(where: str, sources: Sequence[Source]) -> None:
-    models = [source.model for source in sources]
-    for model in models:
-        if models.count(model) > 1:
-            raise RecipeError(f"{where}: model '{model}' stands twice; give it one weight instead")
+    models = [_same_place(source.model) for source in sources]
+    for source in sources:
+        if models.count(_same_place(source.model)) > 1:
+            raise RecipeError(f"{where}: model '{source.model}' stands twice; give it one weight instead")
+
+
+def _same_place(ref: Ref) -> Ref:
+    """The model under one name: a folder may be written as models/a, ./models/a or models/a/."""
+    path = os.path.realpath(ref.path) if os.path.exists(ref.path) else ref.path
+    return Ref(path, ref.revision, None if ref.lora is None else _same_place(ref.lora))
 
 
 def _ref(where: str, content: object) -> Ref:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -123,15 +124,16 @@ def open_model(ref: Ref, beside: Path | None = None) -> Model:
     if ref.lora is not None:
         bare = open_model(Ref(ref.path, ref.revision), beside)
         folder = _beside(ref.lora.path, beside)
-        if not folder.exists():
+        if not os.path.exists(folder):
             folder = _from_hub(ref.lora)
         return replace(bare, ref=ref, source=FoldedSource(bare.source, load_adapter(folder), bare.path), adapter=folder)
-    if is_adapter(path) and not (path / INDEX_FILE).is_file() and not (path / SINGLE_FILE).is_file():
+    there = os.path.exists(path)  # unlike Path's, no error for a name that is too long
+    if there and is_adapter(path) and not (path / INDEX_FILE).is_file() and not (path / SINGLE_FILE).is_file():
         raise RecipeError(
             f"'{ref.path}' is an adapter; name it with its model, as model+{ref.path}, or merge adapters by themselves "
             "with a method for adapters (merge_method: lora_svd)"
         )
-    if not path.exists():
+    if not there:
         path = _from_hub(ref)
     elif ref.revision is not None:
         raise RecipeError(f"model '{ref}': '{path}' is on this machine, where there are no revisions; leave it out")
@@ -141,7 +143,8 @@ def open_model(ref: Ref, beside: Path | None = None) -> Model:
 
 def _beside(name: str, beside: Path | None) -> Path:
     path = Path(name).expanduser()
-    if not path.exists() and beside is not None and not path.is_absolute() and (beside / path).exists():
+    away = beside is not None and not path.is_absolute() and not os.path.exists(path)
+    if beside is not None and away and os.path.exists(beside / path):
         return beside / path
     return path
 

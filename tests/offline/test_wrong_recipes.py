@@ -106,6 +106,8 @@ def sliced(first="[0, 2]", second="[0, 2]"):
             "coefficients name client 'maths', which has no usable update here (clients: math, code)",
         ),
         ("models: [{model: math}, {model: math}]\nmerge_method: linear", "models: model 'math' stands twice"),
+        ("models: [{model: math}, {model: ./math/}]\nmerge_method: linear", "models: model 'math' stands twice"),
+        (f"models: [{{model: {'m' * 5000}}}]\nmerge_method: passthrough", "no such model: 'mmm"),
         (TWO + "merge_method: linear\nparameters: {weight: 0}", "sum to 0, by which they are divided"),
         ("models: [{model: nowhere}]\nmerge_method: passthrough", "no such model: 'nowhere'"),
         ("models: [{model: math@main}]\nmerge_method: passthrough", "is on this machine, where there are no revisions"),
