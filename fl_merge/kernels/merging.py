@@ -211,13 +211,13 @@ def prune_combine(
     """
     count = clients_N.size
     base_store = np.empty(BLOCK, np.float32)
-    elected_store = np.empty(BLOCK, np.float32)
-    moved_store = np.empty(BLOCK, np.float32)
+    vote_2B = np.empty((2, BLOCK), np.float32)  # elected signs; where there was a draw
     value_store = np.empty(BLOCK, np.float32)
     delta_NB, limit_N = np.zeros((count, BLOCK), np.float32), np.empty(count, np.float32)
     rows, weights, voices = delta_NB.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
-    elected, moved = elected_store.ctypes.data, moved_store.ctypes.data
-    value = value_store.ctypes.data
+    # numba frees an array after its last use: each whose address is taken has one in the loop.
+    elected, value = vote_2B.ctypes.data, value_store.ctypes.data
+    moved = elected + 4 * BLOCK
     draws_H = np.empty(BLOCK // 2, np.uint64)
     drawn_B = np.empty(BLOCK + 1, np.int64)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -225,7 +225,7 @@ def prune_combine(
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, value_B = base_store[:size], value_store[:size]
-        moved_B = moved_store[:size]
+        moved_B = vote_2B[1, :size]
         load(base, base_code, begin, base_B)
         if prune in (KEEP_LARGEST, KEEP_MIDDLE):
             known = thresholds_N, above_N, last_N
