@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_every_registered_method_does_at_its_defaults(name):
     assert defined == compiled
 
 
-@pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 16_383, 16_384, 16_385, 32_769])
+@pytest.mark.parametrize("size", [1, 2, 31, 33, 63, 65, 511, 512, 513, 16_383, 16_384, 16_385, 32_769])
 @pytest.mark.parametrize("method", [ties(density=0.2), dare_ties(density=0.5)], ids=str)
 def test_odd_sizes(method, size):
     base, updates = models(torch.bfloat16, {"a": (size,)}, 5, coarse=True)
@@ -409,6 +410,55 @@ def test_numba_that_finds_no_place_for_its_cache_is_one_notice_too(monkeypatch, 
     with caplog.at_level(logging.WARNING, "fl_merge"):
         assert kernels.load() is None
     assert "no locator available" in caplog.text
+
+
+def test_loading_that_takes_long_says_why(monkeypatch, caplog):
+    from fl_merge.kernels import rows
+
+    monkeypatch.delenv("FL_MERGE_NO_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "NOTICE_AFTER", 0.05)
+    monkeypatch.setattr(rows, "warm_up", lambda _: time.sleep(0.5))
+    kernels._tried, kernels._module = False, None
+    with caplog.at_level(logging.WARNING, logger="fl_merge"):
+        assert kernels.load() is not None
+    assert [record.message for record in caplog.records if "the first time on a machine" in record.message]
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 400),
+    st.sampled_from(["few", "near", "all", "equal", "magnitudes"]),
+    st.floats(0.0, 1.0),
+)
+def test_the_value_at_a_rank_is_that_of_sorting(seed, size, kind, where):
+    draw = np.random.default_rng(seed)
+    values_M = {
+        "few": lambda: draw.integers(0, 5, size),
+        "near": lambda: draw.integers(10**6, 10**6 + 3000, size),
+        "all": lambda: draw.integers(0, 2**32 - 1, size),
+        "equal": lambda: np.full(size, 7),
+        "magnitudes": lambda: np.abs(draw.standard_normal(size)).astype(np.float32).view(np.uint32),
+    }[kind]().astype(np.uint32)
+    rank = 1 + round(where * (size - 1))
+    module = kernels.load()
+    assert module is not None
+    value, larger = module.select(values_M.copy(), rank)
+    assert value == np.sort(values_M)[size - rank]
+    assert larger == np.count_nonzero(values_M > value)
+
+
+def test_a_cut_through_tensors_too_short_to_be_sampled():
+    draw = torch.Generator().manual_seed(4)
+    base = [torch.zeros(40) for _ in range(900)]
+    client = [torch.randn(40, generator=draw) for _ in range(900)]
+    module = kernels.load()
+    assert module is not None
+    parts = [
+        Part(Rows(Inputs(module, base_S, [client_S])), 40 * place)
+        for place, (base_S, client_S) in enumerate(zip(base, client, strict=True))
+    ]
+    (found_2,) = largest_cutoffs(parts, [(0, 5000)], map, 1 << 15)
+    assert tuple(found_2.tolist()) == largest_cutoff(torch.cat(client), 5000)
 
 
 def test_sorting_networks_sort():

@@ -1,8 +1,8 @@
 """Compiled passes over the inputs of a merge. The torch function is the definition; the pass equals it bit for bit.
 
-Importing numba takes half a second, and compiling some ten more, once a machine (the compiled code is cached), so
-small merges never do it: the passes are loaded when there are some 130 million elements to go through, in one merge or
-in many. Since both give the same bits, it does not matter when that is.
+Importing numba takes half a second, and compiling up to half a minute more, once a machine (the compiled code is
+cached), so small merges never do it: the passes are loaded when there are some 130 million elements to go through, in
+one merge or in many. Since both give the same bits, it does not matter when that is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ logger = logging.getLogger("fl_merge")
 
 LOAD_AFTER = 1 << 27
 """Elements that are gone through without the passes before they are loaded."""
+
+NOTICE_AFTER = 2.0
+"""Seconds of loading before a notice says what takes so long."""
 
 _lock = threading.Lock()
 _module: ModuleType | None = None
@@ -38,6 +41,21 @@ def after(elements: int) -> ModuleType | None:
     return load() if enough else None
 
 
+def _loaded() -> ModuleType:
+    """The passes, with a notice if they are long in coming."""
+    text = "loading the compiled passes; the first time on a machine they are compiled, which takes up to a minute"
+    notice = threading.Timer(NOTICE_AFTER, logger.warning, (text,))
+    notice.daemon = True
+    notice.start()
+    try:
+        from fl_merge.kernels import compiled, rows
+
+        rows.warm_up(compiled)
+        return compiled
+    finally:
+        notice.cancel()
+
+
 def load() -> ModuleType | None:
     """Import and compile the passes now (once a machine; later processes read what was compiled).
 
@@ -50,10 +68,7 @@ def load() -> ModuleType | None:
             try:
                 if os.environ.get("FL_MERGE_NO_KERNELS"):
                     raise ImportError("FL_MERGE_NO_KERNELS is set")
-                from fl_merge.kernels import compiled, rows
-
-                rows.warm_up(compiled)
-                _module = compiled
+                _module = _loaded()
             except Exception as error:  # no numba, or nowhere to keep what it compiles (a read-only machine)
                 logger.warning("merging without compiled kernels, several times slower: %s", error)
             _tried = True
