@@ -67,7 +67,7 @@ def main() -> None:
                     sys.exit(f"flwr run gave no result:\n{output}")
                 rows.append((name, None, wall + before, float(losses[-1])))
 
-    print(f"{arguments.rounds} rounds, {arguments.nodes} clients, numpy least squares, {os.cpu_count()} cores\n")
+    print(f"rounds: {arguments.rounds}, clients: {arguments.nodes}, cores: {os.cpu_count()}; numpy least squares\n")
     print(f"{'engine':36}{'after imports':>15}{'wall':>10}{'ratio of walls':>17}{'final loss':>13}")
     for name, after, wall, loss in rows:
         inside = "" if after is None else f"{after:.2f} s"

@@ -141,7 +141,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is started is ended
 
     replies = arguments.nodes * arguments.rounds
-    print(f"{replies} replies of {arguments.megabytes} MB: {arguments.nodes} SuperNodes, {arguments.rounds} rounds")
+    print(f"SuperNodes: {arguments.nodes}, rounds: {arguments.rounds}, replies of {arguments.megabytes} MB: {replies}")
     print(f"{'':<10}{'before':>9}{'peak':>9}{'extra':>9}{'models':>8}{'VmHWM':>9}{'seconds':>9}   (ServerApp, MB)")
     values = []
     with tempfile.TemporaryDirectory(prefix="fl-merge-superlink-") as folder:

@@ -227,7 +227,7 @@ def baselines(people: Population) -> list[Row]:
 
 def table(rows: Sequence[Row], individual: dict[str, float], title: str) -> Group:
     """The rows as they are printed, 80 columns wide, with their notes below."""
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     shown.add_column("model", no_wrap=True)
     for heading in HEADINGS:
         shown.add_column(heading, justify="right", no_wrap=True)

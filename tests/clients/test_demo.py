@@ -81,3 +81,12 @@ def test_the_conditions_name_sizes_and_defaults(people, validation):
     for fact in ("8 clients with 144 private images", "360 test images", "680 labelled validation examples", "Seed 0"):
         assert fact in text
     assert "ties: density=0.2" in text
+
+
+def test_nothing_of_the_table_is_cut_at_80_columns(people):
+    printed, accuracies = io.StringIO(), dict.fromkeys(people.individual, 1.0)
+    longest = baselines.Row("task_arithmetic, scale 2.828", accuracies, 12_345_678, 12.345)
+    Console(file=printed, width=80).print(baselines.table([longest], people.individual, "title"))
+    assert "\u2026" not in printed.getvalue()
+    assert all(heading in printed.getvalue() for heading in baselines.HEADINGS)
+    assert max(map(len, printed.getvalue().splitlines())) <= 80
