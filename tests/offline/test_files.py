@@ -102,6 +102,47 @@ def test_passthrough_stacks_layers_and_writes_the_depth(merged, models, tmp_path
     assert config.get("torch_dtype", config.get("dtype")) == "float16"
 
 
+def test_passthrough_scales_by_filter(merged, models):
+    """As for a copied block that is to add nothing at first: what it adds to the residual stream is scaled."""
+    found = merged("""
+slices:
+  - sources: [{model: math, layer_range: [0, 3]}]
+  - sources:
+      - model: code
+        layer_range: [1, 4]
+        parameters:
+          scale:
+            - {filter: o_proj, value: 0.0}
+            - {filter: down_proj, value: [0.0, 0.5]}
+            - value: 1.0
+merge_method: passthrough
+""")
+    for number in range(3):
+        ours, theirs = f"model.layers.{3 + number}.", f"model.layers.{1 + number}."
+        scales = {"self_attn.o_proj": 0.0, "mlp.down_proj": number / 4, "self_attn.q_proj": 1.0, "mlp.up_proj": 1.0}
+        for part, scale in scales.items():
+            assert torch.equal(found[f"{ours}{part}.weight"], scale * models["code"][f"{theirs}{part}.weight"])
+        assert torch.equal(found[Q.format(number)], models["math"][Q.format(number)])
+
+
+def test_dare_ties_takes_normalize_and_lambda(merged, models):
+    """At density 1 nothing is drawn: elected signs, and the mean or the sum of those that agree, times lambda."""
+    text = """
+models:
+  - {model: base}
+  - {model: math, parameters: {density: 1.0, weight: 0.4}}
+  - {model: chat, parameters: {density: 1.0, weight: 0.6}}
+merge_method: dare_ties
+base_model: base
+parameters: {int8_mask: true, normalize: %s, lambda: 1.1}
+"""
+    clients = [models["math"], models["chat"]]
+    for normalize in (True, False):
+        found = merged(text % str(normalize).lower(), out=f"out-{normalize}")
+        wanted = merge(ties(density=1.0, normalize=normalize, scale=1.1), models["base"], clients, [0.4, 0.6])
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
 def test_a_models_own_layers_in_order_give_it_back_bit_for_bit(merged, models):
     text = """
 slices:
