@@ -1,10 +1,10 @@
 """Language models: adapters of several ranks, folded into the base, a mixture of that, its router trained."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_language import APP, TINY, journal
 
 from fl_merge import RecipeError
 from fl_merge.flower.simulate import simulate
@@ -13,8 +13,6 @@ from fl_merge.runs import Checkpoint
 from fl_merge.store import load
 from language_clients import corpus
 
-APP = Path(__file__).parents[2] / "clients" / "language"
-
 RECIPE = """
 phases:
   - {rounds: 1, merge_method: lora_svd, config: {learning-rate: 0.02}}
@@ -22,31 +20,14 @@ phases:
   - {rounds: 1, train: router, merge_method: weighted_average}
 """
 
-TINY = {
-    "layers": 2,
-    "hidden": 32,
-    "pretraining-steps": 3,
-    "local-steps": 2,
-    "batch-size": 2,
-    "sequence-length": 32,
-    "train-bytes": 10_000,
-    "evaluation-bytes": 600,
-    "num-server-rounds": 0,
-    "adapter-rank": "'2,4'",
-    "adapter-alpha": "'4,8'",
-}
-
-
-def journal(folder, event):
-    lines = [json.loads(line) for line in (Path(folder) / "journal.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
+RANKS = {"adapter-rank": "'2,4'", "adapter-alpha": "'4,8'"}
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folding")
     (folder / "recipe.yaml").write_text(RECIPE)
-    config = TINY | {"cache-folder": f'"{folder / "cache"}"'}
+    config = TINY | RANKS | {"cache-folder": f'"{folder / "cache"}"'}
     return {
         "overrides": [f"{key}={value}" for key, value in config.items()],
         "recipe": folder / "recipe.yaml",

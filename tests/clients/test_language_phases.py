@@ -1,10 +1,10 @@
 """A federation of language models that becomes a mixture of experts, whose router is trained, in one command."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_language import APP, TINY, journal
 
 from fl_merge.flower.simulate import simulate
 from fl_merge.flower.watch import Watcher, watching
@@ -14,8 +14,6 @@ from language_clients import base, corpus, local, weights
 from language_clients.settings import Settings
 from language_clients.tokens import Bytes
 
-APP = Path(__file__).parents[2] / "clients" / "language"
-
 RECIPE = """
 phases:
   - {rounds: 1, merge_method: weighted_average}
@@ -23,23 +21,6 @@ phases:
   - {rounds: 1, train: router, merge_method: weighted_average, config: {learning-rate: 0.02}}
   - {rounds: 1, merge_method: weighted_average}
 """
-
-TINY = {
-    "layers": 2,
-    "hidden": 32,
-    "pretraining-steps": 3,
-    "local-steps": 2,
-    "batch-size": 2,
-    "sequence-length": 32,
-    "train-bytes": 10_000,
-    "evaluation-bytes": 600,
-    "num-server-rounds": 4,
-}
-
-
-def journal(folder, event):
-    lines = [json.loads(line) for line in (Path(folder) / "journal.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 @pytest.fixture(scope="module")

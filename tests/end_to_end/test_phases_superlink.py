@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_language import APP, TINY, journal
 
 from fl_merge.flower.apps import load_app, run_app
 from fl_merge.runs import Checkpoint
@@ -23,8 +24,6 @@ from language_clients import base, corpus
 from language_clients.settings import Settings
 
 pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]  # every message starts a process that loads transformers
-
-APP = Path(__file__).resolve().parents[2] / "clients" / "language"
 
 RECIPE = """
 phases:
@@ -37,18 +36,11 @@ phases:
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     home = tmp_path_factory.mktemp("phases")
     (home / "recipe.yaml").write_text(RECIPE)
-    config = {
+    config = TINY | {
         "recipe": str(home / "recipe.yaml"),
         "num-server-rounds": 2,
         "fraction-evaluate": 0.0,
-        "layers": 2,
-        "hidden": 32,
-        "pretraining-steps": 3,
         "local-steps": 3,
-        "batch-size": 2,
-        "sequence-length": 32,
-        "train-bytes": 10_000,
-        "evaluation-bytes": 600,
         "cache-folder": str(home / "cache"),
     }
     base.folder(Settings.read(config))  # once, before three processes want it
@@ -63,11 +55,6 @@ def whole(superlink: SuperLink, config: dict[str, Any], tmp_path_factory: pytest
     run = superlink.home.flwr_run(APP, superlink.connection, run_config=there, timeout=500.0)
     assert run.status == "finished:completed", run.log
     return folder
-
-
-def journal(folder: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def test_dense_to_mixture_to_trained_router(whole: Path, config: dict[str, Any], tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ STACKS = {
         _slices(("math", 0, 2, 1.0), ("code", 1, 3, 1.0), ("math", 1, 4, 1.0), ("code", 2, 4, 1.0)),
         layer_stack(layers="math[0:2], code[1:3], math[1:4], code[2:4]", embeddings="math", head="code"),
     ),
+    "halved": (
+        _slices(("math", 0, 2, 1.0), ("code", 1, 3, 0.5), ("math", 2, 4, 1.0)),
+        layer_stack(layers="math[0:2], code[1:3] * 0.5, math[2:4]", embeddings="math"),
+    ),
     "backwards": (
         _slices(("chat", 3, 4, 1.0), ("chat", 2, 3, 1.0), ("base", 0, 2, 1.0)),
         layer_stack(layers="chat[3:4], chat[2:3], base[0:2]", embeddings="chat", head="base"),
@@ -117,5 +121,5 @@ def test_stacked_layers_and_their_config_are_mergekits(name, theirs, zoo):
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     config = reconfigure(json.loads((zoo / "base" / "config.json").read_text()), method, clients=3)
     other = json.loads((theirs[name] / "config.json").read_text())
-    depths = {"solar": 6, "goliath": 9, "backwards": 4}
+    depths = {"solar": 6, "goliath": 9, "halved": 6, "backwards": 4}
     assert config["num_hidden_layers"] == other["num_hidden_layers"] == depths[name]
