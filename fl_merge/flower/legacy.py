@@ -22,6 +22,7 @@ from fl_merge.flower.strategy import RunFailedError
 from fl_merge.hyperparameters import in_range
 from fl_merge.method import as_method
 from fl_merge.model import GlobalModel
+from fl_merge.phases import Schedule
 from fl_merge.rounds import Round, asked_statistics, average_metrics
 from fl_merge.types import MergeMethod, Update, client_order
 
@@ -84,6 +85,11 @@ class LegacyFedMerge(Strategy):
         fit_metrics: MetricsFunction = fedavg.pop("fit_metrics_aggregation_fn", None) or mean_metrics
         fedavg["evaluate_metrics_aggregation_fn"] = fedavg.get("evaluate_metrics_aggregation_fn") or mean_metrics
         self.method = as_method(method)
+        if isinstance(self.method, Schedule):
+            raise RecipeError(
+                "found a schedule of phases, of which clients of the older API could not be told; wanted one method, "
+                "or FedMerge"
+            )
         if kinds := asked_statistics(self.method):
             raise RecipeError(
                 f"{self.method} needs statistics {', '.join(map(repr, kinds))} of the clients, which clients of the "

@@ -27,7 +27,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.serverapp import Grid
 from flwr.serverapp import ServerApp as NativeServerApp
 
-from fl_merge import MergeError, RecipeError, merge, partition
+from fl_merge import MergeError, RecipeError, merge, partition, phase, schedule
 from fl_merge.flower import FedMerge, RunFailedError, reply
 from fl_merge.flower.apps import run_app
 from fl_merge.flower.client import receive
@@ -236,6 +236,8 @@ def test_arguments_are_checked_at_construction() -> None:
         LegacyFedMerge("ties", parameter_names=("a", "b", "a", "c"))
     with pytest.raises(RecipeError, match=r"^regmean\(.*\) needs statistics 'gram' of the clients"):
         LegacyFedMerge("regmean")
+    with pytest.raises(RecipeError, match="found a schedule of phases, of which clients of the older API could not be"):
+        LegacyFedMerge(schedule([phase("ties")]))
     with pytest.raises(RecipeError, match="min_replies"):
         LegacyFedMerge("ties", min_replies=0)
     with pytest.raises(TypeError, match="fraction_train"):
