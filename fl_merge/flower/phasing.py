@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
+from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from fl_merge.errors import MergeError
+from fl_merge.errors import MergeError, counted
 from fl_merge.flower._malloc import give_back_large_blocks
+from fl_merge.flower.asking import asked_for, told
+from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.keeping import Keeping
 from fl_merge.flower.replies import RepliesAsTheyCome
 from fl_merge.flower.sampling import RunFailedError
+from fl_merge.flower.watch import Watcher
 from fl_merge.model import GlobalModel
 from fl_merge.phases import Phase, Schedule, trained_names
 from fl_merge.types import MergeMethod
+
+logger = logging.getLogger("flwr")
 
 
 class Phasing:
@@ -32,14 +39,41 @@ class Phasing:
         """The phase of a round."""
         return self.schedule.at(server_round)
 
-    def begun(self, server_round: int) -> tuple[int, Phase] | None:
-        """The number of the phase that begins with this round, and the phase; None in all other rounds."""
-        if len(self.schedule.phases) == 1 or not self.schedule.begins_with(server_round):
-            return None
-        return self.schedule.number_at(server_round), self.phase(server_round)
+    def enter(
+        self, server_round: int, carried: CarriedModel, tell: Callable[[Callable[[Watcher], None]], None]
+    ) -> None:
+        """What a phase does to the global model before its first round: an adapter is folded into its base.
 
-    def exchange(self, server_round: int) -> str:
-        """What clients are told to exchange in a round: "adapter" or "weights"; "" of a run that has only one."""
+        That goes by what the model is and not by the round's number, so that a run which is resumed does it too.
+
+        Args:
+            server_round: that begins.
+            carried: the global model.
+            tell: does something with every watcher.
+
+        Raises:
+            MergeError: if the folded model does not fit the dtype in which it is sent.
+        """
+        phase = self.phase(server_round)
+        if len(self.schedule.phases) > 1 and self.schedule.begins_with(server_round):
+            carried.begin_phase()
+            tell(lambda watcher: watcher.phase_started(server_round, self.schedule.number_at(server_round), phase))
+        if carried.holds_adapter and not phase.merges_adapters:
+            modules = carried.fold()
+            logger.info("round %d: an adapter of %s is folded into the base", server_round, counted(modules, "module"))
+            tell(lambda watcher: watcher.adapter_folded(server_round, modules, carried.model))
+
+    def told(self, config: ConfigRecord, server_round: int, model: GlobalModel, *, train: bool) -> ConfigRecord:
+        """The config of a round's messages; see `asking.told`."""
+        phase, exchange = self.phase(server_round), self._exchange(server_round)
+        return told(config, server_round, phase, model.architecture, train=train, exchange=exchange)
+
+    def asked(self, server_round: int, model: GlobalModel) -> str:
+        """What clients were asked for, in words; see `asking.asked_for`."""
+        return asked_for(self.phase(server_round), model.architecture, self._exchange(server_round))
+
+    def _exchange(self, server_round: int) -> str:
+        """What clients exchange in a round: "adapter" or "weights"; "" of a run that has only one."""
         if not self.schedule.folds:
             return ""
         return "adapter" if self.phase(server_round).merges_adapters else "weights"

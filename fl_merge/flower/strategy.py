@@ -16,8 +16,8 @@ from torch import Tensor
 from fl_merge.adapters import BaseModel
 from fl_merge.adapters.federated import require_parameters
 from fl_merge.check import MAX_NUM_EXAMPLES
-from fl_merge.errors import RecipeError, counted
-from fl_merge.flower.asking import asked_for, content_for, told
+from fl_merge.errors import RecipeError
+from fl_merge.flower.asking import content_for
 from fl_merge.flower.carried import CarriedModel
 from fl_merge.flower.contents import (
     Evaluations,
@@ -296,14 +296,7 @@ class FedMerge(Strategy):
         self._carried.adopt(arrays)
         if self.fraction_train == 0.0:
             return self._requests.ask_nobody()
-        begun = self._phasing.begun(server_round)
-        if begun is not None:
-            self._carried.begin_phase()
-            self._tell(lambda watcher: watcher.phase_started(server_round, *begun))
-        if self._carried.holds_adapter and not self._phasing.phase(server_round).merges_adapters:
-            modules = self._carried.fold()
-            logger.info("round %d: an adapter of %s is folded into the base", server_round, counted(modules, "module"))
-            self._tell(lambda watcher: watcher.adapter_folded(server_round, modules, self.model))
+        self._phasing.enter(server_round, self._carried, self._tell)
         trained = self._phasing.trained(server_round, self.model)
         try:
             nodes = self._sample(grid, server_round, "train", self.fraction_train, self.min_train_nodes)
@@ -354,7 +347,7 @@ class FedMerge(Strategy):
                 spill=spill,
                 running=keeping.sum_in(spill, trained, self.seed, server_round),
                 tuner=self.tune,
-                asked=asked_for(phase, self.model.architecture, self._phasing.exchange(server_round)),
+                asked=self._phasing.asked(server_round, self.model),
             )
             keep = self.train_metrics_aggr_fn is not None  # else nobody will ask
             for message in replies:
@@ -433,14 +426,7 @@ class FedMerge(Strategy):
 
     def _messages(self, server_round: int, config: ConfigRecord, nodes: list[int], message_type: str) -> list[Message]:
         train = message_type == MessageType.TRAIN
-        settings = told(
-            config,
-            server_round,
-            self._phasing.phase(server_round),
-            self.model.architecture,
-            train=train,
-            exchange=self._phasing.exchange(server_round),
-        )
+        settings = self._phasing.told(config, server_round, self.model, train=train)
         content = content_for(
             lambda client: self._carried.sent_to(client, self.seed, server_round),
             settings,
