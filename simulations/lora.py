@@ -1,6 +1,6 @@
 """LoRA adapters of four clients with text of their own: ways of merging them, once and over ten rounds.
 
-    python simulations/lora.py --seeds 3 --out runs/lora
+    python simulations/lora.py --seeds 10 --out runs/lora
 
 Each client holds another domain (Python sources, licences, tables, C headers) and finetunes an adapter on a small
 byte-level model that is pretrained here, anew for each seed: 2 layers of width 64, 140 thousand parameters. What is
@@ -444,7 +444,6 @@ def plot(rows: Sequence[Row], rounds: int, path: Path) -> None:
 
 def main() -> None:
     parser = study.arguments("Ways of merging LoRA adapters of a language model.", "lora")
-    parser.set_defaults(seeds=5)
     options = parser.parse_args()
     seeds, size = (2, QUICK) if options.quick else (options.seeds, Size())
     tasks = {study.key(f"seed-{seed}", setting): (seed, setting, size) for seed in range(seeds) for setting in SETTINGS}
