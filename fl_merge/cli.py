@@ -23,6 +23,7 @@ from fl_merge.hyperparameters import describe
 from fl_merge.lora_cli import lora
 from fl_merge.method import METHODS, MethodEntry, find
 from fl_merge.offline import commands as offline
+from fl_merge.offline.adapters import merges_adapters, plan_recipe
 from fl_merge.offline.config import names_models
 from fl_merge.recipe import Recipe
 from fl_merge.store import SafetensorsSource
@@ -129,10 +130,14 @@ def check(
     ] = None,
 ) -> None:
     """Check a recipe before anything runs: against its models if it names any, or a base model if one is given."""
-    if names_models(read_yaml(recipe)):
+    content = read_yaml(recipe)
+    if names_models(content):
         if base is not None:
             raise RecipeError(f"--base: recipe '{recipe}' names its own models")
-        offline.show_plan(offline.planned(recipe))
+        if merges_adapters(content):
+            offline.show_adapters(plan_recipe(content, recipe), tensors=False)
+        else:
+            offline.show_plan(offline.planned(recipe))
         return
     method = Recipe.load(recipe).build(SafetensorsSource(base).specs() if base is not None else None)
     out.print(f"{escape(str(method))}", highlight=False)

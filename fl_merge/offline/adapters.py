@@ -20,7 +20,7 @@ import torch
 
 from fl_merge.adapters import Adapter, MergedAdapter, load_adapter, merge_adapters, require_free
 from fl_merge.adapters.merging import absent_notes, adapter_cohort
-from fl_merge.errors import RecipeError
+from fl_merge.errors import MergeError, RecipeError
 from fl_merge.hyperparameters import nearest
 from fl_merge.lowrank import REPORT, Merger, Module, Products
 from fl_merge.method import METHODS, Method, build
@@ -92,10 +92,11 @@ def merge_recipe(
         force: replace an adapter that is there.
 
     Raises:
-        RecipeError: naming the recipe, and what is wrong with it; if the folder is taken.
-        MergeError: if the method cannot merge these, or the folder cannot be written.
+        RecipeError: naming the recipe, and what is wrong with it; if the method cannot merge these; if the folder is
+            taken.
+        MergeError: if the result cannot be computed, or the folder cannot be written.
     """
-    found = _read(content, recipe)
+    found = plan_recipe(content, recipe, threads).recipe
     try:
         require_free(folder, [Path(path) for path in found.adapters], force=force)
         merged = merge_adapters(found.method, found.adapters, found.weights, seed, threads=threads)
@@ -109,7 +110,7 @@ def plan_recipe(content: Mapping[str, Any], recipe: Path, threads: int | None = 
     """What `merge_recipe` will read, do and write; of the adapters' files only the headers are read.
 
     Raises:
-        RecipeError, MergeError: as `merge_recipe`.
+        RecipeError: as `merge_recipe`.
     """
     found = _read(content, recipe)
     try:
@@ -118,7 +119,7 @@ def plan_recipe(content: Mapping[str, Any], recipe: Path, threads: int | None = 
         outputs = tuple(output for output in method.plan(spec) if not output.name.endswith(REPORT))
         assert isinstance(found.method.shape, Products)
         modules = tuple(found.method.shape.merged_modules(spec))
-    except RecipeError as error:
+    except (RecipeError, MergeError) as error:  # the method and these adapters: what the recipe asks for cannot be
         raise RecipeError(f"recipe '{recipe}': {error}") from None
     dtype = found.dtype or max((each.dtype for each in found.adapters.values()), key=lambda dtype: dtype.itemsize)
     kept = sum(output.spec.numel * compute_dtype(output.spec.dtype).itemsize for output in outputs)

@@ -316,7 +316,11 @@ def _setting(where: str, content: object) -> Setting:
     if isinstance(content, Mapping):
         return (_clause(where, content),)
     if isinstance(content, list) and content and all(isinstance(item, Mapping) for item in content):
-        return tuple(_clause(f"{where}, number {number}", item) for number, item in enumerate(content, start=1))
+        clauses = tuple(_clause(f"{where}, number {number}", item) for number, item in enumerate(content, start=1))
+        for number, clause in enumerate(clauses[:-1], start=1):
+            if clause.filter in (None, "*"):
+                raise RecipeError(f"{where}, number {number}: it is for all tensors and comes first; wanted it last")
+        return clauses
     return (Clause(_value(where, content)),)
 
 

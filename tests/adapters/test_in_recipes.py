@@ -89,6 +89,8 @@ def test_a_plan_says_what_will_be_read_and_written_and_reads_no_value(tmp_path, 
     bytes_there = weights.read_bytes()
     weights.write_bytes(bytes_there[:-200] + b"\xff" * 200)  # values that are not finite
     assert run("plan", "recipe.yaml", "--tensors") == (0, text)
+    code, checked = run("check", "recipe.yaml")
+    assert (code, checked in text) == (0, True)
     assert "is nan, wanted finite numbers" in run("merge", "recipe.yaml", "merged", "--force")[1]
 
 
@@ -104,6 +106,7 @@ def test_a_plan_says_what_will_be_read_and_written_and_reads_no_value(tmp_path, 
         ("merge_method: lora_svd\nmodels: [client0, client0]\n", "named twice"),
         ("merge_method: lora_svd\nmodels: [{model: client0, parameters: {weight: no}}]\n", "weight: found False"),
         ("merge_method: lora_svd\nmodels: [client0]\ndtype: int8\n", "dtype: found 'int8', wanted one of"),
+        ("merge_method: lora_factor_mean\nmodels: [client0, client1]\n", "has rank 4 at client"),
         (
             "merge_method: lora_merge\nparameters: {method: trimmed_mean}\nmodels: [client0, client1]\n",
             "found 2 adapters, wanted at least 5",
@@ -115,7 +118,7 @@ def test_a_plan_says_what_will_be_read_and_written_and_reads_no_value(tmp_path, 
 def test_wrong_recipes_are_refused_in_one_line(tmp_path, run, recipe, message):
     two(tmp_path, llama, target_modules=["q_proj"])
     (tmp_path / "recipe.yaml").write_text(recipe)
-    for arguments in (["merge", "recipe.yaml", "merged"], ["plan", "recipe.yaml"]):
+    for arguments in (["merge", "recipe.yaml", "merged"], ["plan", "recipe.yaml"], ["check", "recipe.yaml"]):
         code, text = run(*arguments)
         assert code == 2
         assert message in text, text
