@@ -40,7 +40,7 @@ def compiled_pass(function):
     return compiled
 
 
-BLOCK = 512
+BLOCK = 1024
 """Elements that are worked on at a time: those of eight clients stay in the fastest cache."""
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3
