@@ -51,6 +51,8 @@ def load(path: Path) -> OfflineRecipe:
     """
     content = read_yaml(path)
     try:
+        if content is not None and not isinstance(content, dict):
+            raise RecipeError(f"found a {type(content).__name__}, wanted keys with values, as merge_method: ties")
         if not names_models(content):
             raise RecipeError("it names no models; wanted models or slices (without them it is a federation's recipe)")
         recipe = parse(content, list(ROWS))

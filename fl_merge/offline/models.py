@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from fl_merge.errors import RecipeError, one_line
 from fl_merge.offline.config import Ref
 from fl_merge.store import INDEX_FILE, SINGLE_FILE, SafetensorsSource
 from fl_merge.types import TensorSource
+
+_LOG = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -160,6 +163,7 @@ def _from_hub(ref: Ref) -> Path:
             f"no such folder: '{ref.path}'; to fetch a model of that name from the Hugging Face hub, "
             "pip install huggingface_hub"
         ) from None
+    _LOG.warning("'%s' is no folder here: asking the Hugging Face hub for it", ref.path)  # minutes, without a network
     try:
         return Path(snapshot_download(ref.path, revision=ref.revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # no network, no such name, no permission: of many classes

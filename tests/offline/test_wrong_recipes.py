@@ -155,7 +155,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
         ),
         # no recipe of this kind at all
         ("merge_method: ties", "it names no models; wanted models or slices"),
-        ("- a list", "it names no models"),
+        ("- a list", "found a list, wanted keys with values"),
         ("models: [", "not valid YAML"),
         (
             TIES + "base_model: math",
@@ -166,7 +166,7 @@ def sliced(first="[0, 2]", second="[0, 2]"):
 def test_a_wrong_recipe(run, tmp_path, text, line):
     (tmp_path / "recipe.yaml").write_text(text + "\n")
     before = {path.name for path in tmp_path.iterdir()}
-    names_none = "it names no models" in line
+    names_none = "it names no models" in line or "found a list" in line
     for command in (["merge", "recipe.yaml", "out"], ["plan", "recipe.yaml"], ["check", "recipe.yaml"]):
         if command[0] == "check" and names_none:
             continue  # it may be a federation's
@@ -254,7 +254,7 @@ def test_a_value_that_has_no_place_in_the_dtype(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["owner/model", "owner/model@rev"])
-def test_a_name_of_the_hub_that_cannot_be_fetched_says_what_to_do(run, tmp_path, monkeypatch, name):
+def test_a_name_of_the_hub_that_cannot_be_fetched_says_what_to_do(run, tmp_path, monkeypatch, caplog, name):
     import huggingface_hub
 
     asked = []
@@ -268,6 +268,7 @@ def test_a_name_of_the_hub_that_cannot_be_fetched_says_what_to_do(run, tmp_path,
     code, _, complaint = run("plan", "recipe.yaml")
     assert code == 2
     assert "(OSError: no network); offline, fetch it elsewhere with 'hf download owner/model'" in complaint
+    assert "'owner/model' is no folder here: asking the Hugging Face hub for it" in caplog.text
     assert asked == [("owner/model", "rev" if "@" in name else None)]
 
 
