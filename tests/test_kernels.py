@@ -42,7 +42,7 @@ from fl_merge.methods import (
 )
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.gram import gram_partials
-from fl_merge.ops.sparsify import keep_count, keep_largest, largest_cutoff
+from fl_merge.ops.sparsify import keep_by_chance, keep_count, keep_largest, largest_cutoff, rank_chances
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 1.5, -1.5, 1e30, -1e30]
 """Zeros of both signs, denormals, equal magnitudes, the largest that pass the check."""
@@ -542,3 +542,24 @@ def test_ranks_of_magnitudes_that_are_not_spread_over_their_range(kind):
     updates = [{"a": each} for each in noise]
     defined, compiled = both(lambda: merge(della_linear(density=0.5, epsilon=0.9), base, updates, seed=4))
     assert defined == compiled
+
+
+def test_ranks_where_a_difference_is_infinite():
+    """Of finite numbers of opposite signs: it is of no bin of equal width, and is ranked as the definition ranks it."""
+    base_S = torch.full((80,), 3e38)
+    client_S = base_S.clone()
+    client_S[5] = -3e38
+    client_S[50:] *= torch.linspace(0.5, 1.0, 30)
+    module = kernels.load()
+    assert module is not None
+    out_S = np.empty(80, np.float32)
+    addresses = base_S.data_ptr(), 0, client_S.data_ptr(), 0
+    highest, spread = 0.7, 0.4
+    module.keep_ranked(*addresses, 0, 80, 40, np.uint64(7), highest, spread, True, np.float32(1), out_S)
+    drawn_S = np.empty(80)
+    module.uniform(np.uint64(7), 0, drawn_S)
+    delta_1S = (client_S - base_S)[None]
+    assert delta_1S.isinf().any()
+    chance_1S = rank_chances(delta_1S, 40, [0.5], 0.4)
+    wanted_1S = keep_by_chance(delta_1S, torch.from_numpy(drawn_S)[None], chance_1S, rescale=True)
+    assert torch.equal(torch.from_numpy(out_S)[None], wanted_1S)

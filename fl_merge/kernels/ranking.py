@@ -66,7 +66,8 @@ def _by_size(bits_R, bins_R, starts_K, keys_R):
         largest = max(largest, bits_R[r])
     last = np.float32(starts_K.size - 1)
     scale = last / from_bits(largest)
-    if not scale < np.float32(1e30):
+    # Infinite where all are 0, and 0 where a difference of two finite numbers is infinite: there are no bins then.
+    if not _ZERO < scale < np.float32(1e30):
         return False
     for r in range(bits_R.size):
         bins_R[r] = np.uint32(np.int32(last - np.float32(np.int32(from_bits(bits_R[r]) * scale))))
