@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, one_line
 
 
 def read_yaml(path: str | Path) -> object:
@@ -30,6 +30,8 @@ def read_yaml(path: str | Path) -> object:
     except yaml.YAMLError as error:
         told = " ".join(str(error).split()).replace(' in "<unicode string>",', ",")
         raise RecipeError(f"recipe '{path}': not valid YAML: {told}") from None
+    except ValueError as error:  # Python's own, of a date that there is not or a number of thousands of digits
+        raise RecipeError(f"recipe '{path}': not valid YAML: {one_line(str(error))}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -268,6 +268,16 @@ def test_lists_in_lists_without_end_are_no_recipe(load):
         load("merge_method: " + "[" * 20_000)
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"), [("9" * 5000, "4300 digits"), ("2024-99-99", "month must be in 1..12")], ids=["long", "date"]
+)
+def test_values_that_python_cannot_make_are_the_recipes_mistake(load, value, problem):
+    with pytest.raises(RecipeError) as caught:
+        load(f"merge_method: {value}")
+    assert "recipe.yaml': not valid YAML: " in str(caught.value)
+    assert problem in str(caught.value)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError) as caught:
         Recipe.load(tmp_path / "missing.yaml")
