@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import targets
 from benchmarks.data import TINY, make_models, parameters_of
@@ -294,3 +295,11 @@ def test_targets_of_scaling_and_memory():
     assert [(limit.value, limit.met) for limit in limits] == [(141, True), (41, False)]
     assert targets.of_memory(results, "dare_ties", (8, 32)) == []
     assert [row[1:] for row in targets.sheet(limits, "here").rows] == [("141 MB", "yes"), ("41 MB", "NO")]
+
+
+def test_each_compiled_pass_is_timed_alone():
+    from benchmarks.passes import shortest, works
+
+    found = works(1 << 16, torch.bfloat16, 64)
+    assert next(iter(found)) == "read"
+    assert all(shortest(work, 1) > 0 for work in found.values())

@@ -1,0 +1,101 @@
+"""What the compiled passes take alone: one thread, inputs in memory, eight clients.
+
+    python -m benchmarks.passes [--elements N] [--dtype bfloat16] [--repeats 5] [--row 944]
+
+Processor time of the thread, the shortest of the repeats, in nanoseconds per element of the merged tensor (an element
+of all clients). "read" sums up every byte of the inputs, as the floor of `benchmarks.engine` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from benchmarks.data import BASE_SPREAD, CLIENT_SPREAD
+from fl_merge import kernels
+from fl_merge.cutoffs import Part, largest_cutoffs
+from fl_merge.execute import PIECE_ELEMENTS
+from fl_merge.kernels.passes import Inputs
+from fl_merge.kernels.rows import Rows
+from fl_merge.ops.gram import BLOCK
+
+CLIENTS, DENSITY, EPSILON = 8, 0.2, 0.2
+
+
+def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[], object]]:
+    """Each pass over one tensor, by its name."""
+    module = kernels.load()
+    if module is None:
+        raise SystemExit("the compiled passes cannot be loaded")
+    draw = torch.Generator().manual_seed(0)
+    base_S = (torch.randn(elements, generator=draw) * BASE_SPREAD).to(dtype)
+    clients = [
+        (base_S.float() + torch.randn(elements, generator=draw) * CLIENT_SPREAD).to(dtype) for _ in range(CLIENTS)
+    ]
+    native, out_S = Inputs(module, base_S, clients), torch.empty_like(base_S)
+    words = [
+        tensor_S.view(torch.uint8).numpy()[: elements * dtype.itemsize // 8 * 8] for tensor_S in (base_S, *clients)
+    ]
+    weights_N = torch.full((CLIENTS,), 1 / CLIENTS, dtype=torch.float64)
+    gram_NN = torch.empty(CLIENTS, CLIENTS, dtype=torch.float64)
+    wanted = [(client, int(DENSITY * elements)) for client in range(CLIENTS)]
+    parts = [Part(Rows(native), 0)]
+    cutoffs_N2 = largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS)
+    chances = {"keys_N": range(CLIENTS), "density_N": [0.5] * CLIENTS}
+
+    def pieces(step: int) -> list[tuple[int, int]]:
+        return [(start, min(start + step, elements)) for start in range(0, elements, step)]
+
+    def merged(**settings: object) -> None:
+        for start, stop in pieces(PIECE_ELEMENTS):
+            native.prune_combine(weights_N, start=start, stop=stop, out_S=out_S[start:stop], **settings)
+
+    def summed() -> None:
+        for start, stop in pieces(PIECE_ELEMENTS):
+            native.weighted_sum(1.0, weights_N.tolist(), start, stop, out_S[start:stop])
+
+    def ranked() -> None:
+        for start in range(0, elements - row * 128 + 1, row * 128):
+            native.keep_ranked(start, start + row * 128, row=row, epsilon=EPSILON, divisor_N=None, **chances)
+
+    return {
+        "read": lambda: [np.add.reduce(word.view(np.int64)) for word in words],
+        "weighted sum": summed,
+        "Gram matrix": lambda: [native.gram("deltas", *at, gram_NN) for at in pieces(BLOCK)],
+        "cuts (ties)": lambda: largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS),
+        "merge (ties)": lambda: merged(cutoffs_N2=cutoffs_N2, election="total"),
+        "merge (dare_ties)": lambda: merged(election="total", divisor_N=[0.5] * CLIENTS, **chances),
+        "ranks (della)": ranked,
+    }
+
+
+def shortest(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of processor time."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        work()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=2_000_000, help="of the tensor (default: 2 million)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--row", type=int, default=944, help="elements of a row, for ranks (default: 944)")
+    found = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| pass | ns an element |\n|---|---:|")
+    for name, work in works(found.elements, getattr(torch, found.dtype), found.row).items():
+        print(f"| {name} | {shortest(work, found.repeats) / found.elements * 1e9:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
