@@ -2,20 +2,20 @@
 
     python -m benchmarks.passes [--elements N] [--dtype bfloat16] [--repeats 5] [--row 944]
 
-Processor time of the thread, the shortest of the repeats, in nanoseconds per element of the merged tensor (an element
+Processor time, the shortest of the repeats, in nanoseconds per element of the merged tensor (an element
 of all clients). "read" sums up every byte of the inputs, as the floor of `benchmarks.engine` does.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from benchmarks.data import BASE_SPREAD, CLIENT_SPREAD
+from benchmarks.matrices import seconds
 from fl_merge import kernels
 from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.execute import PIECE_ELEMENTS
@@ -73,17 +73,6 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
     }
 
 
-def shortest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of processor time."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.thread_time()
-        work()
-        times.append(time.thread_time() - start)
-    return min(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=2_000_000, help="of the tensor (default: 2 million)")
@@ -94,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| pass | ns an element |\n|---|---:|")
     for name, work in works(found.elements, getattr(torch, found.dtype), found.row).items():
-        print(f"| {name} | {shortest(work, found.repeats) / found.elements * 1e9:.1f} |", flush=True)
+        print(f"| {name} | {seconds(work, found.repeats) / found.elements * 1e9:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

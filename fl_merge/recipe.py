@@ -28,6 +28,7 @@ from fl_merge.hyperparameters import known_keys
 from fl_merge.method import METHODS, Method, Partition, build, partition, require_for_models
 from fl_merge.optimizers import STATISTICS, ServerOptimized, build_optimizer, server_optimizer
 from fl_merge.phases import Phase, Schedule, parse_rounds, phase, schedule
+from fl_merge.run_config import nested, table_of
 from fl_merge.types import MergeMethod, TensorSpec
 from fl_merge.yaml_text import from_yaml, read_yaml, to_yaml
 
@@ -199,12 +200,12 @@ class Recipe:
             if dot and close and table not in ("parameters", "rules"):
                 raise RecipeError(f"run config: unknown key '{key}'; did you mean '{close[0]}{key[len(table) :]}'?")
         try:
-            parameters = _nested(_table("parameters", config))
+            parameters = nested(table_of("parameters", config))
             listed = from_yaml(config.get("rules"))
             rules = (
                 listed
                 if isinstance(listed, list)
-                else [{"match": glob, "merge_method": method} for glob, method in _table("rules", config).items()]
+                else [{"match": glob, "merge_method": method} for glob, method in table_of("rules", config).items()]
             )
             recipe = cls.from_dict(
                 {
@@ -283,30 +284,6 @@ def _name(method: Method) -> str:
     """A method's name in a recipe: with its module, if it is not one of ours."""
     module = METHODS[method.name].factory.__module__
     return method.name if module.startswith("fl_merge.") else f"{module}:{method.name}"
-
-
-def _table(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of the run config: Flower has flattened it to `name.key`, or it is YAML in one string."""
-    table = {key.removeprefix(f"{name}."): value for key, value in config.items() if key.startswith(f"{name}.")}
-    text = config.get(name)
-    if text:
-        parsed = from_yaml(text)
-        if not isinstance(parsed, Mapping):
-            raise RecipeError(f"{name}: found {text!r}, wanted YAML such as '{{key: value}}'")
-        table |= dict(parsed)
-    return table
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`coefficients.7 = -1`, as Flower flattens it, back to a table in a table."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        name, dot, rest = str(key).partition(".")
-        if dot and isinstance(nested.setdefault(name, {}), dict):
-            nested[name][rest] = value
-        else:
-            nested[name] = value
-    return nested
 
 
 def _text(key: str, content: Mapping[str, Any]) -> str:

@@ -34,6 +34,10 @@ def read_yaml(path: str | Path) -> object:
         raise RecipeError(f"recipe '{path}': not valid YAML: {one_line(str(error))}") from None
 
 
+_LONGEST = 14_000
+"""Bits of the integers that are taken, some 4200 digits: Python reads longer ones in base 16 only, and prints none."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 1e-5 is a number, the key `on` is text, and a key that stands twice is an error."""
 
@@ -47,6 +51,15 @@ class _Loader(yaml.SafeLoader):
             if keys.count(keys[-1]) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{keys[-1]}' stands twice", key.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        found: int = super().construct_yaml_int(node)
+        if found.bit_length() > _LONGEST:
+            raise yaml.constructor.ConstructorError(None, None, "a number of thousands of digits", node.start_mark)
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,7 +78,7 @@ def from_yaml(text: object) -> object:
     """What a string of YAML holds; None if there is none or it is not YAML."""
     try:
         return yaml.load(str(text), Loader=_Loader) if text else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return None
 
 

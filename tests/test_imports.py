@@ -128,7 +128,9 @@ MAY_IMPORT = {
         "types",
         "errors",
     },
+    "run_config": {"yaml_text", "errors"},
     "recipe": {
+        "run_config",
         "phases",
         "yaml_text",
         "clipping",

@@ -269,7 +269,13 @@ def test_lists_in_lists_without_end_are_no_recipe(load):
 
 
 @pytest.mark.parametrize(
-    ("value", "problem"), [("9" * 5000, "4300 digits"), ("2024-99-99", "month must be in 1..12")], ids=["long", "date"]
+    ("value", "problem"),
+    [
+        ("9" * 5000, "4300 digits"),
+        ("0x" + "f" * 4000, "a number of thousands of digits"),
+        ("2024-99-99", "month must be in 1..12"),
+    ],
+    ids=["long", "hexadecimal", "date"],
 )
 def test_values_that_python_cannot_make_are_the_recipes_mistake(load, value, problem):
     with pytest.raises(RecipeError) as caught:

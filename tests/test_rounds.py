@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fl_merge import MergeError, RecipeError, merge
-from fl_merge.errors import DecodeError, counted
+from fl_merge.errors import DecodeError
 from fl_merge.methods import dare_linear, task_arithmetic, ties, weighted_average
 from fl_merge.model import GlobalModel
 from fl_merge.rounds import Refusal, Round, average_metrics, quorum
@@ -152,9 +152,8 @@ def test_with_fewer_there_is_no_model_and_the_report_says_why(options, usable, e
     model, report = collected.merge()
     assert (model is not None) == (report.merge is not None) == enough
     wanted = options.get("min_replies", 2)
-    problem = (
-        f"{counted(usable, 'usable reply', 'usable replies')} of 4 clients, wanted at least {wanted} (min_replies)"
-    )
+    found = "1 usable reply" if usable == 1 else f"{usable} usable replies"
+    problem = f"{found} of 4 clients, wanted at least {wanted} (min_replies)"
     assert report.failure == (None if enough else problem)
     assert len(report.refused) == 4 - usable
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fl_merge.adapters.config import AdapterConfig
 from fl_merge.adapters.federated import described
-from fl_merge.adapters.folding import fold_into, refuse_quantised, require_places
+from fl_merge.adapters.folding import config_of, fold_into, refuse_quantised, require_places
 from fl_merge.errors import RecipeError
 from fl_merge.pairs import RESIDUAL
 from fl_merge.store import MemorySource, SafetensorsSource
@@ -48,12 +47,9 @@ class BaseModel:
         if isinstance(base, Mapping):
             return cls(lambda: base)
         path = Path(base)
-        try:
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            config = {}
-        SafetensorsSource(path)
-        return cls(lambda: SafetensorsSource(path), config if isinstance(config, dict) else {}, f"base '{path}'")
+        SafetensorsSource(path)  # which says now if there is no such model
+        config = config_of(path) if path.is_dir() else None
+        return cls(lambda: SafetensorsSource(path), config or {}, f"base '{path}'")
 
     def tensors(self) -> TensorSource:
         """Its tensors, tied ones under both names where that is how they are at hand."""

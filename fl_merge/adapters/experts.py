@@ -16,7 +16,7 @@ from typing import Any
 
 from fl_merge.adapters.config import PREFIX
 from fl_merge.architectures import Architecture, architecture_of
-from fl_merge.errors import RecipeError
+from fl_merge.errors import RecipeError, counted
 from fl_merge.pairs import Pair
 from fl_merge.types import TensorSpec
 
@@ -69,6 +69,14 @@ def expert_parts(
         while path.endswith(_WRAPPED):
             path = path.removesuffix(_WRAPPED)
         by_path.setdefault(path, {}).setdefault(match[1], {})[int(match[2])] = pair
+    for path, levels in by_path.items():
+        for experts in levels.values():
+            missing = sorted(set(range(max(experts) + 1)) - set(experts))
+            if missing:
+                raise RecipeError(
+                    f"module '{PREFIX}{path}': found factors of {counted(len(experts), 'expert')} up to number "
+                    f"{max(experts)}, wanted all of them (number {missing[0]} is not there)"
+                )
     row = architecture_of(config, tensors)
     found: dict[str, list[Part]] = {}
     for path, levels in by_path.items():

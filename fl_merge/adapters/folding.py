@@ -61,10 +61,10 @@ def fold(
     """
     given = [adapters] if isinstance(adapters, Adapter) else list(adapters)
     source = SafetensorsSource(base)
-    refuse_quantised(source.specs(), f"'{base}'", _config_of(Path(base)))
+    refuse_quantised(source.specs(), f"'{base}'", config_of(Path(base)))
     updates = tuple(Update(str(at), 1.0, adapter.plain) for at, adapter in enumerate(given))
     report = execute(
-        _Fold([adapter.config for adapter in given], dtype, _config_of(Path(base))),
+        _Fold([adapter.config for adapter in given], dtype, config_of(Path(base))),
         Cohort(source, updates),
         SafetensorsSink(folder, max_shard_bytes=max_shard_bytes),
     )
@@ -138,7 +138,7 @@ def refuse_quantised(specs: Mapping[str, TensorSpec], where: str, config: Mappin
             )
 
 
-def _config_of(base: Path) -> Mapping[str, Any] | None:
+def config_of(base: Path) -> Mapping[str, Any] | None:
     """The config.json beside a model's weights; None if there is none."""
     path = base / "config.json" if base.is_dir() else base.parent / "config.json"
     try:
@@ -235,9 +235,9 @@ class FoldedSource:
     """
 
     def __init__(self, base: TensorSource, adapter: Adapter, where: Path) -> None:
-        refuse_quantised(base.specs(), f"'{where}'", _config_of(where))
+        refuse_quantised(base.specs(), f"'{where}'", config_of(where))
         self._base, self._adapter = base, adapter
-        self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config, _config_of(where))
+        self._places = _Places.of(base.specs(), adapter.plain.specs(), adapter.config, config_of(where))
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """As the model's."""

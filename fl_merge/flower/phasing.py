@@ -55,11 +55,14 @@ class Phasing:
             MergeError: if the folded model does not fit the dtype in which it is sent.
         """
         phase = self.phase(server_round)
-        if len(self.schedule.phases) > 1 and self.schedule.begins_with(server_round):
+        begins = len(self.schedule.phases) > 1 and self.schedule.begins_with(server_round)
+        if begins:
             carried.begin_phase()
+        modules = carried.fold() if carried.holds_adapter and not phase.merges_adapters else 0
+        # Watchers hear of a phase once the model is as the phase wants it.
+        if begins:
             tell(lambda watcher: watcher.phase_started(server_round, self.schedule.number_at(server_round), phase))
-        if carried.holds_adapter and not phase.merges_adapters:
-            modules = carried.fold()
+        if modules:
             logger.info("round %d: an adapter of %s is folded into the base", server_round, counted(modules, "module"))
             tell(lambda watcher: watcher.adapter_folded(server_round, modules, carried.model))
 

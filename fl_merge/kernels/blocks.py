@@ -214,29 +214,29 @@ def one_dtype(codes_N):
     return codes_N.size > 0 and codes_N[0] != DELTA32
 
 
-def _loader(**how):
-    """`vectors.loads_models`, by the number of the dtype."""
+def by_dtype(make, **how):
+    """What `make` (of `vectors`) gives for each dtype, as one function whose first argument is the dtype's number."""
     float32, float64, bfloat16, float16 = (
-        vectors.loads_models(dtype, **how)
-        for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
+        make(dtype, **how) for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
     )
 
     @compiled_part
-    def load(code, bases, models, start, count, limits, size, rows, stride):
+    def chosen(code, *arguments):
         if code == FLOAT32:
-            float32(bases, models, start, count, limits, size, rows, stride)
+            float32(*arguments)
         elif code == BFLOAT16:
-            bfloat16(bases, models, start, count, limits, size, rows, stride)
+            bfloat16(*arguments)
         elif code == FLOAT16:
-            float16(bases, models, start, count, limits, size, rows, stride)
+            float16(*arguments)
         else:
-            float64(bases, models, start, count, limits, size, rows, stride)
+            float64(*arguments)
 
-    return load
+    return chosen
 
 
-load_all, load_trimmed = _loader(), _loader(trimmed=True)
-load_wide_models, load_wide_deltas = _loader(deltas=False, wide=True), _loader(wide=True)
+load_all, load_trimmed = by_dtype(vectors.loads_models), by_dtype(vectors.loads_models, trimmed=True)
+load_wide_models = by_dtype(vectors.loads_models, deltas=False, wide=True)
+load_wide_deltas = by_dtype(vectors.loads_models, wide=True)
 
 
 @compiled_part

@@ -12,14 +12,12 @@ import numpy as np
 from fl_merge.kernels import across, vectors
 from fl_merge.kernels.across import add_agreeing, add_weighted
 from fl_merge.kernels.blocks import (
-    BFLOAT16,
     BLOCK,
-    FLOAT16,
-    FLOAT32,
     GROUP,
     MAGNITUDE,
     add_scaled_delta,
     bits_of,
+    by_dtype,
     compiled_part,
     compiled_pass,
     load,
@@ -39,23 +37,8 @@ ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-_add_float32, _add_float64, _add_bfloat16, _add_float16 = (
-    vectors.adds_models(dtype) for dtype in (vectors.FLOAT32, vectors.FLOAT64, vectors.BFLOAT16, vectors.FLOAT16)
-)
+_add_models = by_dtype(vectors.adds_models)
 _elect_by_number, _elect_by_total = across.elects(by_number=True), across.elects(by_number=False)
-
-
-@compiled_part
-def _add_models(bases, addresses, code, begin, count, scaling, coefficients, size, values):
-    """The sums of one block, by the dtype of the clients."""
-    if code == FLOAT32:
-        _add_float32(bases, addresses, begin, count, scaling, coefficients, size, values)
-    elif code == BFLOAT16:
-        _add_bfloat16(bases, addresses, begin, count, scaling, coefficients, size, values)
-    elif code == FLOAT16:
-        _add_float16(bases, addresses, begin, count, scaling, coefficients, size, values)
-    else:
-        _add_float64(bases, addresses, begin, count, scaling, coefficients, size, values)
 
 
 @compiled_pass
@@ -79,7 +62,7 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
         done = 0
         if alike:
             done = size - size % DOUBLES
-            _add_models(bases, addresses, codes_N[0], begin, codes_N.size, scaling, coefficients, done, values)
+            _add_models(codes_N[0], bases, addresses, begin, codes_N.size, scaling, coefficients, done, values)
         if done < size:
             for s in range(done, size):
                 total_B[s] = base_B[s] * scaling

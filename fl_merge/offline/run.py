@@ -100,10 +100,12 @@ def _require_finite(plan: OfflinePlan, done: Callable[[str], None]) -> None:
 def _chunks(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
     """All tensors in their order, in groups of `CHUNK_BYTES` or a little more."""
     chunk: dict[str, TensorSpec] = {}
+    held = 0
     for name, spec in specs.items():
         chunk[name] = spec
-        if sum(each.nbytes for each in chunk.values()) >= CHUNK_BYTES:
+        held += spec.nbytes
+        if held >= CHUNK_BYTES:
             yield chunk
-            chunk = {}
+            chunk, held = {}, 0
     if chunk:
         yield chunk

@@ -20,12 +20,15 @@ from fl_merge.adapters import (
     load_adapter,
     merge_adapters,
 )
+from fl_merge.adapters.experts import expert_parts
 from fl_merge.flower import FedMerge
 from fl_merge.flower.client import receive_adapter, reply
 from fl_merge.flower.inprocess import InProcessGrid
 from fl_merge.flower.records import to_record
 from fl_merge.methods import lora_svd
+from fl_merge.pairs import pairs_of
 from fl_merge.store import SafetensorsSource
+from fl_merge.types import TensorSpec
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,19 @@ def test_fused_experts_whose_place_is_not_known_are_refused_by_name(tmp_path):
     with pytest.raises(RecipeError, match=message):
         fold(load_adapter(other), tmp_path / "more", tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
+
+
+def test_an_expert_that_is_missing_is_named():
+    name = "base_model.model.layers.0.mlp.experts[{}].lora_{}.weight"
+    factors = {
+        name.format(number, side): TensorSpec(shape, torch.float32)
+        for number in (0, 2)
+        for side, shape in (("A", (2, 6)), ("B", (4, 2)))
+    }
+    tensors = {"layers.0.mlp.experts.down_proj": TensorSpec((2, 4, 6), torch.float32)}
+    message = r"layers.0.mlp.experts': found factors of 2 experts up to number 2, .* \(number 1 is not there\)"
+    with pytest.raises(RecipeError, match=message):
+        expert_parts(list(pairs_of(factors)[0].values()), tensors, ["mlp.experts.down_proj"], None)
 
 
 def one_by_one(folder, seed, rank):

@@ -14,6 +14,20 @@ from fl_merge.recipe import Recipe
 from fl_merge.store import load
 
 
+def run(plan, folder, *, nodes, epochs):
+    """A federation of the digits' apps by a recipe; its journal and model are in the folder `run`."""
+    recipe = Recipe.of(plan)
+    assert recipe is not None
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    config = {
+        "recipe": str(folder / "recipe.yaml"),
+        "run-folder": str(folder / "run"),
+        "num-server-rounds": 0,
+        "local-epochs": epochs,
+    }
+    run_app(LoadedApp(server_app.app, client_app.app, run_config=config), nodes=nodes, workers=0)
+
+
 def test_a_mixture_out_of_eight_domains(tmp_path):
     plan = schedule(
         [
@@ -22,16 +36,7 @@ def test_a_mixture_out_of_eight_domains(tmp_path):
             phase(weighted_average(), rounds=1),
         ]
     )
-    recipe = Recipe.of(plan)
-    assert recipe is not None
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    config = {
-        "recipe": str(tmp_path / "recipe.yaml"),
-        "run-folder": str(tmp_path / "run"),
-        "num-server-rounds": 0,
-        "local-epochs": 2,
-    }
-    run_app(LoadedApp(server_app.app, client_app.app, run_config=config), nodes=8, workers=0)
+    run(plan, tmp_path, nodes=8, epochs=2)
     found = load(tmp_path / "run")
     assert found["router.weight"].shape == (8, 64)
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
@@ -82,16 +87,7 @@ def test_the_load_balancing_loss_evens_the_load():
 
 def test_clients_and_server_take_as_many_experts_as_the_recipe_says(tmp_path):
     plan = schedule([phase(moe_upcycle(top_k=1)), phase(weighted_average(), rounds=1)])
-    recipe = Recipe.of(plan)
-    assert recipe is not None
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    config = {
-        "recipe": str(tmp_path / "recipe.yaml"),
-        "run-folder": str(tmp_path / "run"),
-        "num-server-rounds": 0,
-        "local-epochs": 1,
-    }
-    run_app(LoadedApp(server_app.app, client_app.app, run_config=config), nodes=2, workers=0)
+    run(plan, tmp_path, nodes=2, epochs=1)
     found, told = load(tmp_path / "run"), json.loads((tmp_path / "run" / "architecture.json").read_text())
     assert (told["model_type"], told["num_experts_per_tok"]) == ("mlp_moe", 1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_phases import Models, bits, everything, journal
 
-from fl_merge import Recipe, RecipeError, momentum, phase, schedule, server_optimizer
+from fl_merge import MergeError, Recipe, RecipeError, momentum, phase, schedule, server_optimizer
 from fl_merge.adapters import BaseModel, fold, load_adapter
 from fl_merge.flower import FedMerge
+from fl_merge.flower.phasing import Phasing
 from fl_merge.flower.watch import Watcher
 from fl_merge.methods import lora_factor_mean, lora_residual, lora_svd, weighted_average
 from fl_merge.runs import Checkpoint
@@ -63,6 +64,25 @@ def test_adapters_then_the_mixture_of_what_they_were_folded_into(whole):
     assert reports[3]["accepted"][0]["num_bytes"] == 4 * 4 * dense.WIDTH
     told = [line["evaluation"]["metrics"]["adapter"] for line in journal(folder, "clients_evaluated")]
     assert told == [1, 1, 0, 0, 0, 0]
+
+
+def test_watchers_do_not_hear_of_a_phase_whose_model_could_not_be_made():
+    class Carried:
+        holds_adapter = True
+
+        def begin_phase(self):
+            pass
+
+        def fold(self):
+            raise MergeError("tensor 'w' is not finite")
+
+    told = []
+    phasing = Phasing(schedule([phase(lora_svd(), rounds=1), *AFTER]), lambda method: None)
+    with pytest.raises(MergeError, match="'w' is not finite"):
+        phasing.enter(2, Carried(), told.append)
+    assert told == []
+    phasing.enter(1, Carried(), told.append)
+    assert len(told) == 1
 
 
 class Folded(Watcher):
