@@ -46,6 +46,10 @@ class Model:
         assert not found["mismatched_keys"], found
         return model.eval()
 
+    def generated(self, folder):
+        """What the loaded model makes of `TOKENS`: these and up to four more, or less where it ends by itself."""
+        return self.load(folder).generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=1)
+
     def logits(self, folder):
         with torch.no_grad():
             return self.load(folder)(TOKENS).logits

@@ -80,9 +80,16 @@ def test_each_client_is_an_expert_and_the_rest_is_merged(make, tmp_path, inner):
             assert torch.equal(tensor, models[expert].tensors[f"model.layers.{layer}.mlp.{part[map_name]}.weight"])
         elif ".gate." not in name:
             assert torch.equal(tensor, merged[name]), name
-    loaded = sparse.load(tmp_path / "mixture")
-    assert loaded.config.num_local_experts == 3
-    assert loaded.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=1).shape[1] > TOKENS.shape[1]
+    assert sparse.load(tmp_path / "mixture").config.num_local_experts == 3
+    assert sparse.generated(tmp_path / "mixture").shape[1] > TOKENS.shape[1]
+
+
+def test_copies_and_what_is_left_of_a_mixture_generate(make, tmp_path):
+    dense = make()
+    copies = upcycled(moe_upcycle(copies=4, top_k=2), dense)
+    assert torch.equal(copies.generated(tmp_path / "copies"), dense.generated(tmp_path / "dense"))
+    fewer = upcycled(remove_experts(experts="1"), copies)
+    assert torch.equal(fewer.generated(tmp_path / "fewer"), dense.generated(tmp_path / "dense"))
 
 
 def test_one_client_alone_is_its_own_model(make, tmp_path):

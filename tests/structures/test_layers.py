@@ -155,9 +155,17 @@ def test_a_stacked_model_loads_and_generates(make, tmp_path):
     assert torch.equal(found.tensors["lm_head.weight"], second.tensors["lm_head.weight"])
     name = "self_attn.q_proj.weight"
     assert torch.equal(found.tensors[f"model.layers.4.{name}"], 0.5 * second.tensors[f"model.layers.2.{name}"])
-    model = found.load(tmp_path / "stacked")
-    assert model.config.num_hidden_layers == 6
-    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False, pad_token_id=1).shape[1] > TOKENS.shape[1]
+    assert found.load(tmp_path / "stacked").config.num_hidden_layers == 6
+    assert found.generated(tmp_path / "stacked").shape[1] > TOKENS.shape[1]
+
+
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_an_up_scaled_model_generates(make, tmp_path, zero_init):
+    model = make()
+    found = restacked(depth_upscale(m=1, zero_init=zero_init), model).generated(tmp_path / "deeper")
+    assert found.shape[1] > TOKENS.shape[1]
+    if zero_init:
+        assert torch.equal(found, model.generated(tmp_path / "original"))
 
 
 SLICES = """\
