@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +24,7 @@ from fl_merge.lowrank import Merger, Module
 from fl_merge.offline.adapters import AdapterPlan, merge_recipe, merges_adapters, plan_recipe
 from fl_merge.offline.catalogue import ROWS
 from fl_merge.offline.config import OfflineRecipe, Ref, names_models, parse
-from fl_merge.offline.estimate import estimate
+from fl_merge.offline.estimate import Estimate, estimate
 from fl_merge.offline.inspection import Group, as_json, inspect
 from fl_merge.offline.models import open_model
 from fl_merge.offline.output import require_writable
@@ -136,13 +136,7 @@ def plan(
     found = planned(recipe)
     what = estimate(found, threads)
     show_plan(found)
-    out.print(
-        f"\nreads {_size(what.read)} of {counted(len(found.models), 'model')}, writes "
-        f"{counted(what.tensors, 'tensor')}, {_size(what.written)}; about {_size(what.memory)} of memory",
-        highlight=False,
-    )
-    for notice in found.notices:
-        out.print(f"note: {escape(notice)}", highlight=False, soft_wrap=True)
+    _show_estimate(what, counted(len(found.models), "model"), _size(what.written), found.notices)
     if tensors:
         show_tensors(found)
 
@@ -208,17 +202,22 @@ def show_adapters(found: AdapterPlan, *, tensors: bool) -> None:
     for (name, size, becomes), count in kinds.items():
         many = f" ({count})" if count > 1 else ""
         out.print(f"    {escape(name)}{many}: {size}, {becomes}", highlight=False, soft_wrap=True)
-    what = found.estimate
-    out.print(
-        f"\nreads {_size(what.read)} of {counted(len(found.weights), 'adapter')}, writes "
-        f"{counted(what.tensors, 'tensor')}, at most {_size(what.written)}; about {_size(what.memory)} of memory",
-        highlight=False,
-    )
-    for note in found.notes:
-        out.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    written = f"at most {_size(found.estimate.written)}"
+    _show_estimate(found.estimate, counted(len(found.weights), "adapter"), written, found.notes)
     if tensors:
         for output in found.outputs:
             out.print(f"{escape(output.name)}  {escape(str(output.spec))}", highlight=False, soft_wrap=True)
+
+
+def _show_estimate(what: Estimate, inputs: str, written: str, notes: Sequence[str]) -> None:
+    """What a merge takes, and what an operator has to know."""
+    out.print(
+        f"\nreads {_size(what.read)} of {inputs}, writes {counted(what.tensors, 'tensor')}, {written}; "
+        f"about {_size(what.memory)} of memory",
+        highlight=False,
+    )
+    for note in notes:
+        out.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
 
 
 def _becomes(module: Module, merger: Merger | None) -> tuple[str, str]:
