@@ -9,6 +9,7 @@ of all clients). "read" sums up every byte of the inputs, as the floor of `bench
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -41,7 +42,7 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
         tensor_S.view(torch.uint8).numpy()[: elements * dtype.itemsize // 8 * 8] for tensor_S in (base_S, *clients)
     ]
     weights_N = torch.full((CLIENTS,), 1 / CLIENTS, dtype=torch.float64)
-    gram_NN = torch.empty(CLIENTS, CLIENTS, dtype=torch.float64)
+    gram_XNN = torch.empty(math.ceil(elements / BLOCK), CLIENTS, CLIENTS, dtype=torch.float64)
     wanted = [(client, int(DENSITY * elements)) for client in range(CLIENTS)]
     parts = [Part(Rows(native), 0)]
     cutoffs_N2 = largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS)
@@ -65,7 +66,7 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
     return {
         "read": lambda: [np.add.reduce(word.view(np.int64)) for word in words],
         "weighted sum": summed,
-        "Gram matrix": lambda: [native.gram("deltas", *at, gram_NN) for at in pieces(BLOCK)],
+        "Gram matrix": lambda: native.gram("deltas", 0, elements, gram_XNN),
         "cuts (ties)": lambda: largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS),
         "merge (ties)": lambda: merged(cutoffs_N2=cutoffs_N2, election="total"),
         "merge (dare_ties)": lambda: merged(election="total", divisor_N=[0.5] * CLIENTS, **chances),

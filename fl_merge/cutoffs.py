@@ -55,14 +55,6 @@ class _Piece:
     stop: int
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Where a row is cut: the bits, and how many elements just on it stay."""
-
-    bits: int
-    wanted: int
-
-
 Count = int | Callable[[int], int]
 """How many elements of a row stay; or that from how many of its magnitudes are above 0."""
 
@@ -90,28 +82,30 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
         for start in range(0, part.rows.numel, piece)
     ]
     low_N, high_N = np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
+    within = 1.0
     if left and total > _EVERYTHING:
-        low_N[left], high_N[left] = _guess(parts, [wanted[at] for at in left], total, mapped)
+        low_N[left], high_N[left], within = _guess(parts, [wanted[at] for at in left], total, mapped)
     while left:
         room = _ROOM // (len(left) * len(pieces))
         # How many are above 0 is counted in the same pass.
         unknown = [at for at in left if callable(counts[at])]
         rows, zeros = [wanted[at][0] for at in (*left, *unknown)], np.zeros(len(unknown), np.uint32)
         low_R, high_R = (np.concatenate([limit_N[left], zeros]) for limit_N in (low_N, high_N))
-        found = list(mapped(functools.partial(_counted, rows, low_R, high_R, room), pieces))
+        found = list(mapped(functools.partial(_counted, rows, low_R, high_R, room, within), pieces))
         for place, at in enumerate(unknown, start=len(left)):
             of_positive = counts[at]
             assert callable(of_positive)
             counts[at] = of_positive(sum(counted[place].above for counted in found))
-        chosen = functools.partial(_chosen, wanted, counts, pieces, low_N, found)
-        within = [(place, at) for place, at in enumerate(left) if 0 < _known(counts[at]) < total]
         misled = []
-        for (_, at), cut in zip(within, mapped(chosen, within), strict=True):
-            if cut is None:
-                low_N[at] = high_N[at] = _by_histograms(wanted[at][0], _known(counts[at]), pieces, mapped)
-                misled.append(at)
-            else:
-                cutoffs_N2[at] = torch.tensor(cut, dtype=torch.float64)
+        for place, at in enumerate(left):
+            row, count = wanted[at][0], _known(counts[at])
+            if 0 < count < total:
+                cut = _found(row, int(low_N[at]), count, pieces, [counted[place] for counted in found])
+                if cut is None:
+                    low_N[at] = high_N[at] = _by_histograms(row, count, pieces, mapped)
+                    misled.append(at)
+                else:
+                    cutoffs_N2[at, 0], cutoffs_N2[at, 1] = cut
         left = misled
     for at, count in enumerate(counts):
         if count in (0, total):
@@ -124,36 +118,19 @@ def _known(count: Count) -> int:
     return count
 
 
-def _chosen(
-    wanted: Sequence[tuple[int, Count]],
-    counts: Sequence[Count],
-    pieces: Sequence[_Piece],
-    low_N: Array,
-    found: Sequence[Sequence[Counted]],
-    which: tuple[int, int],
-) -> tuple[float, int] | None:
-    """The cut of one row, if it is between its limits.
-
-    Args:
-        found: what was counted of each piece.
-        which: the row's place in what was counted, and in what is wanted.
-    """
-    place, at = which
-    counted, row = [each[place] for each in found], wanted[at][0]
-    cut = _found(int(low_N[at]), _known(counts[at]), counted, pieces[0].part.rows)
-    if cut is None:
-        return None
-    return float(np.uint32(cut.bits).view(np.float32)), _last(row, cut, pieces, counted)
-
-
-def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, at: _Piece) -> list[Counted]:
-    return at.part.rows.some(rows).between(at.start, at.stop, low_R, high_R, room)
+def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, within: float, at: _Piece) -> list[Counted]:
+    expected = math.ceil(1.25 * within * (at.stop - at.start))
+    return at.part.rows.some(rows).between(at.start, at.stop, low_R, high_R, room, expected)
 
 
 def _guess(
     parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], total: int, mapped: Mapped
-) -> tuple[Array, Array]:
-    """Between which bits each cut should be, by a sample; (N,) and (N,), uint32."""
+) -> tuple[Array, Array, float]:
+    """Between which bits each cut should be, by a sample.
+
+    Returns:
+        (N,) and (N,), uint32; and the largest fraction of a row's elements that should be between them.
+    """
     size_wanted = min(max(total // 64, 1 << 12), 1 << 18)
     rows = sorted({row for row, _ in wanted})
 
@@ -163,43 +140,59 @@ def _guess(
         return part.rows.some(rows).sample(starts, _RUN)
 
     long_enough = [part for part in parts if part.rows.numel >= _RUN]
+    low_high_2N = np.zeros((2, len(wanted)), np.uint32)
+    low_high_2N[1] = LARGEST
     if not long_enough:
-        return np.zeros(len(wanted), np.uint32), np.full(len(wanted), LARGEST, np.uint32)
-    bits_NM = np.concatenate(list(mapped(sampled, long_enough)), axis=1)
-    size = bits_NM.shape[1]
-
-    def limits(of: tuple[int, Count]) -> tuple[int, int]:
-        row, count = of
-        bits_M = bits_NM[rows.index(row)]
+        return *low_high_2N, 1.0
+    samples = list(mapped(sampled, long_enough))
+    bits_RM = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
+    size, rows_N = bits_RM.shape[1], np.array([rows.index(row) for row, _ in wanted])
+    ranks_2N, within = np.zeros((2, len(wanted)), np.int64), 0.0
+    for at, (_, count) in enumerate(wanted):
         if callable(count):
-            count = count(round(np.count_nonzero(bits_M) / size * total))
+            count = count(round(np.count_nonzero(bits_RM[rows_N[at]]) / size * total))
         fraction = count / total
         margin = _DEVIATIONS * math.sqrt(size * fraction * (1 - fraction)) + 1
-        upper, lower = math.floor(size * fraction - margin), math.ceil(size * fraction + margin)
-        select = parts[0].rows.select
-        low = select(bits_M.copy(), lower)[0] if 1 <= lower <= size else 0
-        return low, select(bits_M.copy(), upper)[0] if upper >= 1 else LARGEST
-
-    low_high_N2 = np.array(list(mapped(limits, wanted)), np.uint32).reshape(-1, 2)
-    return low_high_N2[:, 0], low_high_N2[:, 1]
+        upper, lower = max(0, math.floor(size * fraction - margin)), math.ceil(size * fraction + margin)
+        ranks_2N[:, at] = lower if lower <= size else 0, upper
+        within = max(within, (min(lower, size) - upper) / size)
+    parts[0].rows.select_two(bits_RM, rows_N, ranks_2N, low_high_2N)
+    return *low_high_2N, within
 
 
-def _found(low: int, count: int, counted: Sequence[Counted], rows: Rows) -> _Cut | None:
-    """The cut, if it is between the limits.
+def _found(
+    row: int, low: int, count: int, pieces: Sequence[_Piece], counted: Sequence[Counted]
+) -> tuple[float, int] | None:
+    """The cut of one row, if it is between the limits: the smallest magnitude that stays, and the place of the last
+    element that has it and stays.
 
     Args:
         low: the lower limit.
-        counted: of each piece.
-        rows: any; they have the pass that selects.
+        counted: what was counted of each piece.
     """
     above, between = sum(each.above for each in counted), sum(each.between for each in counted)
     if not all(each.complete for each in counted) or not above < count <= above + between:
         return None
-    values_M = np.concatenate([each.between_M for each in counted])
-    if not values_M.size:
-        return _Cut(low, count - above)
-    bits, larger = rows.select(values_M, count - above)
-    return _Cut(bits, count - above - larger)
+    before_P = np.cumsum([0, *(each.between for each in counted)])
+    marks_X = _joined([each.marks_X + before for each, before in zip(counted, before_P, strict=False)])
+    values = [values_M for each in counted for values_M in each.parts]
+    if values:
+        bits, block, nth = pieces[0].part.rows.find_cut(_joined(values), count - above, marks_X)
+    else:  # all that are between are equal
+        block = int(np.searchsorted(marks_X, count - above - 1, side="right")) - 1
+        bits, nth = low, count - above - int(marks_X[block])
+    for at, each in zip(pieces, counted, strict=True):
+        if block < len(each.starts_X):
+            start = int(each.starts_X[block])
+            stop = int(each.starts_X[block + 1]) if block + 1 < len(each.starts_X) else at.stop
+            place = at.part.offset + at.part.rows.nth_equal(row, start, stop, bits, nth)
+            return float(np.uint32(bits).view(np.float32)), place
+        block -= len(each.starts_X)
+    raise AssertionError("fewer elements than were counted")
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:
@@ -221,23 +214,3 @@ def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mappe
 
 def _count(row: int, limits: tuple[int, int, int], at: _Piece) -> Array:
     return at.part.rows.count(row, at.start, at.stop, *limits)
-
-
-def _last(row: int, cut: _Cut, pieces: Sequence[_Piece], counted: Sequence[Counted]) -> int:
-    """The place of the last element just on the cut that stays: of those the first `cut.wanted` do."""
-    wanted = cut.wanted
-    for at, each in zip(pieces, counted, strict=True):
-        listed = each.between_M.size > 0
-        equal_M = np.flatnonzero(each.between_M == cut.bits)
-        here = len(equal_M) if listed else each.between
-        if wanted > here:
-            wanted -= here
-            continue
-        # Which one of those between the limits it is, tells the block in which it is; that is searched.
-        rank = equal_M[wanted - 1] if listed else wanted - 1
-        block = int(np.searchsorted(each.marks, rank, side="right")) - 1
-        before = int(np.searchsorted(equal_M, each.marks[block])) if listed else int(each.marks[block])
-        start = int(each.starts[block])
-        stop = int(each.starts[block + 1]) if block + 1 < len(each.starts) else at.stop
-        return at.part.offset + at.part.rows.nth_equal(row, start, stop, cut.bits, wanted - before)
-    raise AssertionError("fewer elements than were counted")

@@ -45,6 +45,10 @@ SLICE_ELEMENTS = 8 * BLOCK
 PIECE_ELEMENTS = 1 << 21
 """The same for the compiled passes, which go through them in smaller blocks by themselves."""
 
+_JOBS = 32
+"""A tensor that is less than a thread's share of all elements, over this, is one thread's work from beginning to end:
+others then wait for nothing of it."""
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -130,7 +134,8 @@ def execute(
     try:
         sink.begin({name: everything[name] for name in order})
         with worker_pool(threads or os.cpu_count() or 1) as pool:
-            run = _Run(fillers, sink, written, tied, pool, on_tensor)
+            share = sum(output.spec.numel for output in outputs) // (_JOBS * (threads or os.cpu_count() or 1))
+            run = _Run(fillers, sink, written, tied, pool, share, on_tensor)
             try:
                 fillers.measure_models(outputs, pool.map)
                 for output in outputs:
@@ -224,7 +229,11 @@ def worker_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class _Run:
-    """The work on the outputs of one merge: small ones as one job each, large ones slice by slice."""
+    """The work on the outputs of one merge: small ones as one job each, large ones slice by slice.
+
+    Args:
+        share: elements of an output that is small; one of a single slice is too.
+    """
 
     def __init__(
         self,
@@ -233,6 +242,7 @@ class _Run:
         written: Mapping[str, TensorSpec],
         tied: Mapping[str, str],
         pool: ThreadPoolExecutor,
+        share: int,
         on_tensor: Callable[[str], None] | None,
     ) -> None:
         self._fillers = fillers
@@ -242,6 +252,7 @@ class _Run:
         for name, first in tied.items():
             self._names[first].append(name)
         self._pool = pool
+        self._share = share
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
@@ -250,11 +261,12 @@ class _Run:
         """Start the work on an output. What has to be known of a large one before is worked out by all threads."""
         dtype = self._written[output.name].dtype
         slices = pieces(output.spec.numel, self._fillers.step(output))
-        if len(slices) == 1:
+        if len(slices) == 1 or output.spec.numel <= self._share:
 
             def whole() -> None:
                 filler = self._fillers.prepare(output, dtype, map)
-                self._fill(filler, output, *slices[0])
+                for piece in slices:
+                    self._fill(filler, output, *piece)
                 for piece in filler.again():
                     self._fill(filler, output, *piece, again=True)
                 self._done(output)

@@ -188,13 +188,17 @@ class Fillers:
     def _span_sum(self, compute: Span, output: Output, versions: Versions, mapped: Mapped) -> WeightedSum:
         if compute.scope == "model" and output.scope is not None:
             return self._model_sums[id(compute), output.scope]
-        work = [(versions, *at) for at in pieces(versions.numel, self._step)]
+        work = self._gram_work(versions)
         return self._measured(compute, self._spec_for(output), work, mapped)
 
     def _measured(
         self, compute: Span, spec: CohortSpec, work: list[tuple[Versions, int, int]], mapped: Mapped
     ) -> WeightedSum:
         return compute.fixed(spec, self._gram(compute.on, work, mapped))
+
+    def _gram_work(self, versions: Versions) -> list[tuple[Versions, int, int]]:
+        step = self._step if versions.native is None else self._piece
+        return [(versions, *at) for at in pieces(versions.numel, step)]
 
     def _gram(self, on: str, work: list[tuple[Versions, int, int]], mapped: Mapped) -> Tensor:
         """(N, N) float64: the inner products of the deltas or weights over these pieces."""
@@ -219,7 +223,7 @@ class Fillers:
             if compute.survey is not None or compute.surveys is not None:
                 survey_NK = self._survey(compute, spec.client_ids, [versions], mapped)
             if compute.gram is not None:
-                work = [(versions, *at) for at in pieces(versions.numel, self._step)]
+                work = self._gram_work(versions)
                 joint_K = compute.gram(spec, self._gram("deltas", work, mapped))
 
         def at(start: int, stop: int, known_K: Tensor, count: Callable[[], int] | None = None) -> Slice:
@@ -356,7 +360,7 @@ class Fillers:
             compute = members[0].compute
             by_name = {output.tensor: Versions(self._cohort, output, self._device, self._kernels) for output in members}
             in_order = [by_name[name] for name in scope.names]
-            work = [(versions, *at) for versions in in_order for at in pieces(versions.numel, self._step)]
+            work = [piece for versions in in_order for piece in self._gram_work(versions)]
             spec = self._spec_for(members[0])
             if isinstance(compute, Span):
                 self._model_sums[key, scope] = self._measured(compute, spec, work, mapped)

@@ -94,8 +94,7 @@ class Versions:
             vectors_NS = self.deltas(start, stop) if on == "deltas" else self._weights(start, stop)
             return gram_partials(vectors_NS)
         partials = torch.empty(math.ceil((stop - start) / BLOCK), *2 * [len(self._clients)], dtype=torch.float64)
-        for partial_NN, begin in zip(partials, range(start, stop, BLOCK), strict=True):
-            self.native.gram(on, begin, min(begin + BLOCK, stop), partial_NN)
+        self.native.gram(on, start, stop, partials)
         return partials
 
     def _weights(self, start: int, stop: int) -> Tensor:

@@ -5,6 +5,8 @@ As in `vectors`, groups of elements are outside and the clients inside, with wha
 
 from __future__ import annotations
 
+import functools
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -16,6 +18,7 @@ from fl_merge.kernels.vectors import (
     FLOAT,
     FLOATS,
     GROUP,
+    INDEX,
     MAGNITUDES,
     WIDE,
     WORD,
@@ -23,6 +26,7 @@ from fl_merge.kernels.vectors import (
     cast,
     clients,
     constant,
+    count_lanes,
     everywhere,
     groups,
     load,
@@ -30,6 +34,7 @@ from fl_merge.kernels.vectors import (
     place_of,
     registers,
     store,
+    store_word,
     vector,
 )
 
@@ -38,12 +43,12 @@ _NO_BITS = constant(BITS, 0)
 
 
 @intrinsic
-def add_weighted(context, rows, stride, count, weights, size, out):
-    """out[s] = -0.0 + rows[0, s] * weights[0] + rows[1, s] * weights[1] + ..., in float32."""
+def add_weighted(context, rows, stride, count, weights, bases, scale, size, out):
+    """out[s] = bases[s] + (-0.0 + rows[0, s] * weights[0] + rows[1, s] * weights[1] + ...) * scale, in float32."""
 
     def emit(context, builder, signature, arguments):
-        rows, stride, count, weights, size, out = arguments
-        parts = range(0, GROUP, WIDE)
+        rows, stride, count, weights, bases, scale, size, out = arguments
+        parts, scale = range(0, GROUP, WIDE), everywhere(builder, scale)
         with groups(builder, size, GROUP) as group:
             begin = builder.mul(group.index, number(GROUP))
             sums = registers(builder, [_MINUS_ZERO for _ in parts])
@@ -55,15 +60,102 @@ def add_weighted(context, rows, stride, count, weights, size, out):
                     delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
                     add_to(builder, kept, builder.fmul(delta, weight))
             for at, kept in zip(parts, sums, strict=True):
-                store(builder, builder.load(kept), place_of(builder, out, begin, FLOAT, at))
+                base = load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS)
+                merged = builder.fadd(base, builder.fmul(builder.load(kept), scale))
+                store(builder, merged, place_of(builder, out, begin, FLOAT, at))
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 6), emit
+    return types.void(*[ADDRESS] * 5, types.float32, *[ADDRESS] * 2), emit
 
 
-def _count(builder, lanes):
-    """How many lanes are set."""
-    return builder.zext(builder.ctpop(builder.bitcast(lanes, ir.IntType(WIDE))), WORD)
+def elects(*, by_number):
+    """Elect the sign of each element: that of the sum of rows[n] * voices[n] or, `by_number`, of the sum of their
+    signs. Then out[s] = bases[s] + scale * the sum of rows[n] * weights[n] over the clients whose delta has that sign;
+    if wanted, the sum over that of their weights, and 0 where that is 0.
+
+    An election is a draw where the sum is 0 and a delta is not: plus wins.
+
+    Args of what this gives:
+        rows, bases: 0 from `size` to the end of the last group.
+        draws: of uint64, takes a word for each group: which elections are draws.
+
+    What this gives returns how many elections plus has won less how many minus has, draws aside; how many draws there
+    are; and the bits of the largest magnitude in `out` where there is none.
+    """
+
+    @intrinsic
+    def elect(context, rows, stride, count, voices, weights, bases, scale, normalize, size, out, draws):
+
+        def emit(context, builder, signature, arguments):
+            rows, stride, count, voices, weights, bases, scale, normalize, size, out, draws = arguments
+            parts = range(0, GROUP, WIDE)
+            scale = everywhere(builder, scale)
+            tally, drawn, largest = registers(builder, [number(0), number(0), _NO_BITS])
+
+            def deltas_of(client, begin):
+                row = builder.add(rows, builder.mul(stride, client))
+                return [load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS) for at in parts]
+
+            def part_of(numbers, client):
+                return everywhere(builder, load(builder, place_of(builder, numbers, client, FLOAT), FLOAT))
+
+            with groups(builder, size, GROUP) as group:
+                begin = builder.mul(group.index, number(GROUP))
+                sums = registers(builder, [_MINUS_ZERO for _ in parts])
+                moves = registers(builder, [_NO_BITS for _ in parts])
+                with clients(builder, count) as client:
+                    voice = part_of(voices, client.index)
+                    for delta, kept, moved in zip(deltas_of(client.index, begin), sums, moves, strict=True):
+                        add_to(builder, kept, _sign_of(builder, delta)[2] if by_number else builder.fmul(delta, voice))
+                        add_to(builder, moved, builder.bitcast(delta, BITS), builder.or_)
+                elected, draws_of_group = [], []
+                for kept, moved in zip(sums, moves, strict=True):
+                    total = builder.load(kept)
+                    up, down, sign = _sign_of(builder, total)
+                    still = builder.fcmp_ordered("==", total, _ZERO)
+                    some = builder.icmp_unsigned("!=", builder.and_(builder.load(moved), MAGNITUDES), _NO_BITS)
+                    draws_of_group.append(builder.and_(still, some))
+                    elected.append(builder.select(draws_of_group[-1], _ONE, sign))
+                    won = builder.sub(count_lanes(builder, up), count_lanes(builder, down))
+                    add_to(builder, tally, won, builder.add)
+                word = _word_of(builder, draws_of_group)
+                store_word(builder, word, place_of(builder, draws, group.index, WORD))
+                add_to(builder, drawn, builder.ctpop(word), builder.add)
+
+                totals = registers(builder, [_MINUS_ZERO for _ in parts])
+                shares = registers(builder, [_ZERO for _ in parts])
+                with clients(builder, count) as client:
+                    weight = part_of(weights, client.index)
+                    for delta, sign, total, share in zip(
+                        deltas_of(client.index, begin), elected, totals, shares, strict=True
+                    ):
+                        # Times a sign, which cannot underflow to 0.
+                        agrees = builder.fcmp_ordered(">", builder.fmul(delta, sign), _ZERO)
+                        add_to(builder, total, builder.select(agrees, builder.fmul(delta, weight), _ZERO))
+                        add_to(builder, share, builder.select(agrees, weight, _ZERO))
+                for at, draw, kept, kept_share in zip(parts, draws_of_group, totals, shares, strict=True):
+                    total, share = builder.load(kept), builder.load(kept_share)
+                    some = builder.fcmp_ordered(">", share, _ZERO)
+                    mean = builder.select(some, builder.fdiv(total, builder.select(some, share, _ONE)), _ZERO)
+                    change = builder.fmul(builder.select(normalize, mean, total), scale)
+                    merged = builder.fadd(load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS), change)
+                    store(builder, merged, place_of(builder, out, begin, FLOAT, at))
+                    magnitude = builder.and_(builder.bitcast(merged, BITS), MAGNITUDES)
+                    magnitude = builder.select(draw, _NO_BITS, magnitude)
+                    larger = builder.icmp_unsigned(">", magnitude, builder.load(largest))
+                    builder.store(builder.select(larger, magnitude, builder.load(largest)), largest)
+            found = builder.load(largest)
+            lanes = [builder.extract_element(found, ir.Constant(INDEX, lane)) for lane in range(WIDE)]
+            most = functools.reduce(
+                lambda one, two: builder.select(builder.icmp_unsigned(">", one, two), one, two), lanes
+            )
+            results = [builder.load(tally), builder.load(drawn), builder.zext(most, WORD)]
+            return context.make_tuple(builder, signature.return_type, results)
+
+        arguments = [*[ADDRESS] * 6, types.float32, types.boolean, *[ADDRESS] * 3]
+        return types.UniTuple(types.int64, 3)(*arguments), emit
+
+    return elect
 
 
 def _sign_of(builder, number):
@@ -72,86 +164,13 @@ def _sign_of(builder, number):
     return up, down, builder.select(up, _ONE, builder.select(down, _MINUS_ONE, _ZERO))
 
 
-def elects(*, by_number):
-    """The sign of each element: that of the sum of rows[n] * voices[n] or, `by_number`, of the sum of their signs.
-
-    An election is a draw where the sum is 0 and a delta is not: plus wins, and `drawn` is 1 there; elsewhere it is 0.
-
-    Args of what this gives:
-        rows: 0 from `size` to the end of the last group.
-
-    What this gives returns how many elections plus has won less how many minus has, draws aside; and how many draws
-    there are.
-    """
-
-    @intrinsic
-    def elect(context, rows, stride, count, voices, size, signs, drawn):
-
-        def emit(context, builder, signature, arguments):
-            rows, stride, count, voices, size, signs, drawn = arguments
-            parts = range(0, GROUP, WIDE)
-            tally, draws = registers(builder, [number(0), number(0)])
-
-            with groups(builder, size, GROUP) as group:
-                begin = builder.mul(group.index, number(GROUP))
-                sums = registers(builder, [_MINUS_ZERO for _ in parts])
-                moves = registers(builder, [_NO_BITS for _ in parts])
-                with clients(builder, count) as client:
-                    voice = load(builder, place_of(builder, voices, client.index, FLOAT), FLOAT)
-                    voice = everywhere(builder, voice)
-                    row = builder.add(rows, builder.mul(stride, client.index))
-                    for at, kept, moved in zip(parts, sums, moves, strict=True):
-                        delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
-                        add_to(builder, kept, _sign_of(builder, delta)[2] if by_number else builder.fmul(delta, voice))
-                        magnitude = builder.and_(builder.bitcast(delta, BITS), MAGNITUDES)
-                        add_to(builder, moved, magnitude, builder.or_)
-                for at, kept, moved in zip(parts, sums, moves, strict=True):
-                    total = builder.load(kept)
-                    up, down, sign = _sign_of(builder, total)
-                    still = builder.fcmp_ordered("==", total, _ZERO)
-                    draw = builder.and_(still, builder.icmp_unsigned("!=", builder.load(moved), _NO_BITS))
-                    add_to(builder, tally, builder.sub(_count(builder, up), _count(builder, down)), builder.add)
-                    add_to(builder, draws, _count(builder, draw), builder.add)
-                    store(builder, builder.select(draw, _ONE, sign), place_of(builder, signs, begin, FLOAT, at))
-                    store(builder, builder.select(draw, _ONE, _ZERO), place_of(builder, drawn, begin, FLOAT, at))
-            return context.make_tuple(builder, signature.return_type, [builder.load(tally), builder.load(draws)])
-
-        return types.UniTuple(types.int64, 2)(*[ADDRESS] * 7), emit
-
-    return elect
-
-
-@intrinsic
-def add_agreeing(context, rows, stride, count, weights, signs, size, normalize, out):
-    """The sum of rows[n] * weights[n] over the clients whose delta has the sign in `signs` (1 or -1; 0 for none); if
-    wanted, over the sum of their weights, and 0 where that is 0."""
-
-    def emit(context, builder, signature, arguments):
-        rows, stride, count, weights, signs, size, normalize, out = arguments
-        parts = range(0, GROUP, WIDE)
-        with groups(builder, size, GROUP) as group:
-            begin = builder.mul(group.index, number(GROUP))
-            sums = registers(builder, [_MINUS_ZERO for _ in parts])
-            shares = registers(builder, [_ZERO for _ in parts])
-            elected = [load(builder, place_of(builder, signs, begin, FLOAT, at), FLOATS) for at in parts]
-            with clients(builder, count) as client:
-                weight = load(builder, place_of(builder, weights, client.index, FLOAT), FLOAT)
-                weight = everywhere(builder, weight)
-                row = builder.add(rows, builder.mul(stride, client.index))
-                for at, sign, total, share in zip(parts, elected, sums, shares, strict=True):
-                    delta = load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS)
-                    # Times a sign, which cannot underflow to 0.
-                    agrees = builder.fcmp_ordered(">", builder.fmul(delta, sign), _ZERO)
-                    add_to(builder, total, builder.select(agrees, builder.fmul(delta, weight), _ZERO))
-                    add_to(builder, share, builder.select(agrees, weight, _ZERO))
-            for at, kept, kept_share in zip(parts, sums, shares, strict=True):
-                total, share = builder.load(kept), builder.load(kept_share)
-                some = builder.fcmp_ordered(">", share, _ZERO)
-                mean = builder.select(some, builder.fdiv(total, builder.select(some, share, _ONE)), _ZERO)
-                store(builder, builder.select(normalize, mean, total), place_of(builder, out, begin, FLOAT, at))
-        return context.get_dummy_value()
-
-    return types.void(*[ADDRESS] * 6, types.boolean, ADDRESS), emit
+def _word_of(builder, masks):
+    """The lanes of several vectors as the bits of one word, the first lane lowest."""
+    word = number(0)
+    for at, lanes in enumerate(masks):
+        bits = builder.zext(builder.bitcast(lanes, ir.IntType(WIDE)), WORD)
+        word = builder.or_(word, builder.shl(bits, number(WIDE * at)))
+    return word
 
 
 @intrinsic

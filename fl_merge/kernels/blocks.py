@@ -47,6 +47,9 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = 0, 1, 2, 3
 
 GROUP = vectors.GROUP
 
+WIDTHS = (4, 8, 2, 2)
+"""Bytes of an element of each."""
+
 DELTA32 = 4
 """What `load_delta` is to load is a delta already, in float32."""
 
@@ -115,33 +118,6 @@ def from_bits(context, bits):
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return types.float32(types.uint32), emit
-
-
-@intrinsic
-def at_least(context, address, limit):
-    """Which of 64 float32 have a magnitude whose bits are at least the limit: the bits of one number."""
-
-    def emit(context, builder, signature, arguments):
-        address, limit = arguments
-        vector = ir.VectorType(ir.IntType(32), 64)
-        nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-        everywhere = ir.Constant(vector, [0] * 64)
-        limit = builder.shuffle_vector(builder.insert_element(nothing, limit, first), nothing, everywhere)
-        numbers = builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
-        magnitudes = builder.and_(numbers, ir.Constant(vector, [0x7FFFFFFF] * 64))
-        return builder.bitcast(builder.icmp_unsigned(">=", magnitudes, limit), ir.IntType(64))
-
-    return types.uint64(types.int64, types.uint32), emit
-
-
-@intrinsic
-def bits_set(context, number):
-    """How many bits are set."""
-
-    def emit(context, builder, signature, arguments):
-        return builder.ctpop(arguments[0])
-
-    return types.int64(types.uint64), emit
 
 
 @intrinsic
@@ -223,18 +199,18 @@ def by_dtype(make, **how):
     @compiled_part
     def chosen(code, *arguments):
         if code == FLOAT32:
-            float32(*arguments)
-        elif code == BFLOAT16:
-            bfloat16(*arguments)
-        elif code == FLOAT16:
-            float16(*arguments)
-        else:
-            float64(*arguments)
+            return float32(*arguments)
+        if code == BFLOAT16:
+            return bfloat16(*arguments)
+        if code == FLOAT16:
+            return float16(*arguments)
+        return float64(*arguments)
 
     return chosen
 
 
 load_all, load_trimmed = by_dtype(vectors.loads_models), by_dtype(vectors.loads_models, trimmed=True)
+compare_models = by_dtype(vectors.compares_models)
 load_wide_models = by_dtype(vectors.loads_models, deltas=False, wide=True)
 load_wide_deltas = by_dtype(vectors.loads_models, wide=True)
 

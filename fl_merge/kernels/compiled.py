@@ -3,11 +3,13 @@
 from fl_merge.kernels.blocks import BLOCK
 from fl_merge.kernels.counting import (
     count_magnitudes,
+    find_cut,
     largest_magnitude,
     magnitudes_between,
     nth_equal,
     sample_magnitudes,
     select,
+    select_two,
 )
 from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
@@ -21,6 +23,7 @@ __all__ = [
     "combine_balanced",
     "combine_elements",
     "count_magnitudes",
+    "find_cut",
     "gram",
     "keep_ranked",
     "kept_squares",
@@ -31,6 +34,7 @@ __all__ = [
     "prune_combine",
     "sample_magnitudes",
     "select",
+    "select_two",
     "uniform",
     "weighted_sum",
 ]

@@ -12,19 +12,20 @@ from fl_merge.kernels.blocks import (
     BLOCK,
     FLOAT32,
     FLOAT64,
+    GROUP,
     MAGNITUDE,
-    at_least,
+    WIDTHS,
     bits_of,
-    bits_set,
+    compare_models,
     compiled_part,
     compiled_pass,
-    lowest_bit,
+    load,
+    load_delta,
+    one_dtype,
     pointer,
 )
-from fl_merge.kernels.scoring import SCRATCH, load_scores
-
-_ROW = 64
-"""Elements that are compared together."""
+from fl_merge.kernels.scoring import DELTAS, SCRATCH, load_scores
+from fl_merge.kernels.vectors import WIDE
 
 _BINS = 1 << 11
 """How many bins `select` tells apart in a turn: their counts stay in the fastest cache."""
@@ -106,46 +107,45 @@ def magnitudes_between(
         Where it stopped, because a row of `found_RM` has no room for another block; else `stop`.
     """
     work_KB, score_NB = _room(clients_N, rows_R.size)
-    address = score_NB.ctypes.data
+    # Scores are compared as models whose base is 0.
+    native = kind == DELTAS and one_dtype(codes_N)
+    base_B = work_KB[0] if native else np.zeros(BLOCK, np.float32)
+    width = WIDTHS[codes_N[0]] if native else 4
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        if used_R.max() + size > found_RM.shape[1]:
+        if used_R.max() + size + WIDE > found_RM.shape[1]:
             return begin
-        load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
+        if native:
+            load(base, base_code, begin, base_B[:size])
+        else:
+            load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
+        whole = size - size % GROUP
         for r in range(rows_R.size):
+            row = rows_R[r]
             marks_RM[r, np.uint64((begin - start) // BLOCK)] = between_R[r]
-            score_B = score_NB[rows_R[r], :size]
-            row = address + 4 * BLOCK * rows_R[r]
-            above, between, used_R[r] = _between(score_B, row, low_R[r], high_R[r], found_RM[r], used_R[r])
+            beyond, listed = np.uint32(high_R[r] + np.uint32(1)), np.int64(low_R[r] != high_R[r])
+            if native:
+                code, address = codes_N[row], clients_N[row] + width * begin
+            else:
+                code, address = FLOAT32, score_NB[row].ctypes.data
+            found = found_RM[r, used_R[r] :].ctypes.data
+            above, between = compare_models(code, base_B.ctypes.data, address, low_R[r], beyond, whole, found, listed)
+            used_R[r] += between * listed
+            if whole < size:
+                rest_B = score_NB[row, whole:size]
+                if native:
+                    load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], rest_B)
+                for s in range(rest_B.size):
+                    bits = np.uint32(bits_of(rest_B[s]) & MAGNITUDE)
+                    hit = low_R[r] <= bits <= high_R[r]
+                    above += np.int64(bits > high_R[r])
+                    between += np.int64(hit)
+                    if hit and listed:
+                        found_RM[r, used_R[r]] = bits
+                        used_R[r] += 1
             above_R[r] += above
             between_R[r] += between
     return stop
-
-
-@compiled_part
-def _between(score_B, address, low, high, found_M, used):
-    """What one block adds to the counts, and how much is written down: 64 elements at a time are compared, and the few
-    that lie between the limits are looked up."""
-    above, between, used = 0, 0, np.uint64(used)
-    beyond = np.uint32(high + np.uint32(1))
-    whole = score_B.size - score_B.size % _ROW
-    for first in range(0, whole, _ROW):
-        larger = at_least(address + 4 * first, beyond)
-        hits = at_least(address + 4 * first, low) & ~larger
-        above += bits_set(larger)
-        between += bits_set(hits)
-        while hits and low != high:
-            found_M[used] = bits_of(score_B[np.uint64(first + lowest_bit(hits))]) & MAGNITUDE
-            used += np.uint64(1)
-            hits &= hits - np.uint64(1)
-    for s in range(whole, score_B.size):
-        bits = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
-        above += np.int64(bits > high)
-        between += np.int64(low <= bits <= high)
-        if low <= bits <= high and low != high:
-            found_M[used] = bits
-            used += np.uint64(1)
-    return above, between, np.int64(used)
 
 
 @compiled_pass
@@ -197,6 +197,42 @@ def select(value_M, rank):
             value_M[used] = value
             used += np.uint64((np.uint32(value - low) >> shift) == chosen)
         left = np.int64(used)
+
+
+@compiled_pass
+def select_two(bits_RM, rows_N, ranks_2N, values_2N):
+    """For each of some rows the values at two ranks, 1 for the largest; where a rank is 0, what was there stays."""
+    copy_M = np.empty(bits_RM.shape[1], np.uint32)
+    for n in range(rows_N.size):
+        for which in range(2):
+            if ranks_2N[which, n]:
+                copy_M[:] = bits_RM[rows_N[n]]
+                values_2N[which, n] = select(copy_M, ranks_2N[which, n])[0]
+
+
+@compiled_pass
+def find_cut(value_M, rank, mark_X):
+    """The value at a rank, how many equal ones stay, and where the last of these is.
+
+    Args:
+        value_M: what is between the limits, in order.
+        mark_X: how many of these were before each block.
+
+    Returns:
+        The value, the block, and which one it is of the equal ones in the block, from 1.
+    """
+    value, larger = select(value_M.copy(), rank)
+    wanted, place = rank - larger, np.int64(-1)
+    for m in range(value_M.size):
+        wanted -= np.int64(value_M[m] == value)
+        if wanted == 0:
+            place = m
+            break
+    block = np.searchsorted(mark_X, place, side="right") - 1
+    nth = 0
+    for m in range(mark_X[block], place + 1):
+        nth += np.int64(value_M[m] == value)
+    return value, block, nth
 
 
 @compiled_pass

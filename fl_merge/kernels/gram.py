@@ -13,9 +13,17 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fl_merge.kernels import vectors
-from fl_merge.kernels.blocks import compiled_pass, load, load_delta, load_wide_deltas, load_wide_models, one_dtype
+from fl_merge.kernels.blocks import (
+    compiled_part,
+    compiled_pass,
+    load,
+    load_delta,
+    load_wide_deltas,
+    load_wide_models,
+    one_dtype,
+)
 
-LANES, GROUP = 16, 1024
+LANES, GROUP, BLOCK = 16, 1024, 16384
 """As `ops.gram` has them."""
 
 _CHUNK = 256
@@ -81,73 +89,97 @@ _add_square, _add_triangle = _adder(_SQUARE), _adder(_TRIANGLE)
 
 
 @compiled_pass
-def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_NN):
-    """Inner products of the clients' float32 deltas, or of their float32 weights, of one block; above the diagonal."""
+def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
+    """Inner products of the clients' float32 deltas, or of their float32 weights, of one block after the other.
+
+    Args:
+        out_XNN: takes them, a block of BLOCK elements in each.
+    """
     count = clients_N.size
-    sides = (count + _SIDE - 1) // _SIDE
-    padded = sides * _SIDE
-    tiles = sides * (sides + 1) // 2
-    groups = (stop - start + GROUP - 1) // GROUP
+    padded = (count + _SIDE - 1) // _SIDE * _SIDE
+    sides = padded // _SIDE
     base_store = np.empty(_CHUNK, np.float32)
     chunk_NB = np.zeros((padded, _CHUNK), np.float64)
-    sums_TPL = np.empty((tiles, _SIDE * _SIDE, LANES), np.float64)
+    sums_TPL = np.empty((sides * (sides + 1) // 2, _SIDE * _SIDE, LANES), np.float64)
+    totals_NNG = np.zeros((padded, padded, BLOCK // GROUP), np.float64)
     alike, bases = one_dtype(codes_N), base_store.ctypes.data
-    chunks, sums = chunk_NB.ctypes.data, sums_TPL.ctypes.data
-    totals_NNG = np.zeros((padded, padded, groups), np.float64)
-    for group in range(groups):
-        sums_TPL[:] = 0.0
-        first = start + group * GROUP
-        for begin in range(first, min(first + GROUP, stop), _CHUNK):
-            size = min(_CHUNK, stop - begin)
-            base_B, done = base_store[:size], 0
-            if deltas:
-                load(base, base_code, begin, base_B)
-            # In float32, and widened as they are written.
-            if alike:
-                done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
+    chunks, sums, stride = chunk_NB.ctypes.data, sums_TPL.ctypes.data, 8 * _CHUNK
+    for x in range(out_XNN.shape[0]):
+        block = start + x * BLOCK
+        end = min(block + BLOCK, stop)
+        groups = (end - block + GROUP - 1) // GROUP
+        for group in range(groups):
+            sums_TPL[:] = 0.0
+            first = block + group * GROUP
+            for begin in range(first, min(first + GROUP, end), _CHUNK):
+                size = min(_CHUNK, end - begin)
+                base_B, done = base_store[:size], 0
                 if deltas:
-                    load_wide_deltas(codes_N[0], *where, 0, done, chunks, 8 * _CHUNK)
-                else:
-                    load_wide_models(codes_N[0], *where, 0, done, chunks, 8 * _CHUNK)
-            if done < size:
-                for n in range(count):
-                    rest_B = chunk_NB[n, done:size]
+                    load(base, base_code, begin, base_B)
+                # In float32, and widened as they are written.
+                if alike:
+                    done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
                     if deltas:
-                        load_delta(clients_N[n], codes_N[n], begin + done, base_B[done:], rest_B)
+                        load_wide_deltas(codes_N[0], *where, 0, done, chunks, stride)
                     else:
-                        load(clients_N[n], codes_N[n], begin + done, rest_B)
-            if size < _CHUNK:
-                chunk_NB[:, size:] = 0.0
-            tile, stride, steps = sums, 8 * _CHUNK, (size + LANES - 1) // LANES
-            for row in range(0, padded, _SIDE):
-                rows = chunks + stride * row
-                _add_triangle(rows, rows, stride, steps, tile)
-                for column in range(row + _SIDE, padded, _SIDE):
-                    tile += 8 * LANES * _SIDE * _SIDE
-                    _add_square(rows, chunks + stride * column, stride, steps, tile)
-                tile += 8 * LANES * _SIDE * _SIDE
-        tile = 0
-        for row in range(0, padded, _SIDE):
-            for column in range(row, padded, _SIDE):
-                pair = 0
-                for r in range(_SIDE):
-                    for c in range(r if row == column else 0, _SIDE):
-                        sum_L = sums_TPL[tile, pair]
-                        for half in (8, 4, 2, 1):
-                            for s in range(half):
-                                sum_L[s] += sum_L[s + half]
-                        totals_NNG[row + r, column + c, group] = sum_L[0]
-                        pair += 1
-                tile += 1
-    for row in range(count):
-        for column in range(row, count):
-            total_G = totals_NNG[row, column]
-            left = groups
-            while left > 1:
-                for g in range(left // 2):
-                    total_G[g] = total_G[2 * g] + total_G[2 * g + 1]
-                if left % 2:
-                    total_G[left // 2] = total_G[left - 1]
-                left = (left + 1) // 2
-            out_NN[row, column] = total_G[0]
-            out_NN[column, row] = total_G[0]
+                        load_wide_models(codes_N[0], *where, 0, done, chunks, stride)
+                if done < size:
+                    for n in range(count):
+                        rest_B = chunk_NB[n, done:size]
+                        if deltas:
+                            load_delta(clients_N[n], codes_N[n], begin + done, base_B[done:], rest_B)
+                        else:
+                            load(clients_N[n], codes_N[n], begin + done, rest_B)
+                if size < _CHUNK:
+                    chunk_NB[:, size:] = 0.0
+                _add_tiles(chunks, stride, padded, (size + LANES - 1) // LANES, sums)
+            _add_lanes(sums_TPL, padded, totals_NNG[:, :, group])
+        for row in range(count):
+            for column in range(row, count):
+                total = _by_halves(totals_NNG[row, column], groups)
+                out_XNN[x, row, column] = total
+                out_XNN[x, column, row] = total
+
+
+@compiled_part
+def _add_tiles(chunks, stride, padded, steps, sums):
+    """Add the products of every pair of a chunk's rows, tile by tile."""
+    tile = sums
+    for row in range(0, padded, _SIDE):
+        rows = chunks + stride * row
+        _add_triangle(rows, rows, stride, steps, tile)
+        for column in range(row + _SIDE, padded, _SIDE):
+            tile += 8 * LANES * _SIDE * _SIDE
+            _add_square(rows, chunks + stride * column, stride, steps, tile)
+        tile += 8 * LANES * _SIDE * _SIDE
+
+
+@compiled_part
+def _add_lanes(sums_TPL, padded, out_NN):
+    """The sum over the lanes of every pair, by halves."""
+    tile = 0
+    for row in range(0, padded, _SIDE):
+        for column in range(row, padded, _SIDE):
+            pair = 0
+            for r in range(_SIDE):
+                for c in range(r if row == column else 0, _SIDE):
+                    sum_L = sums_TPL[tile, pair]
+                    for half in (8, 4, 2, 1):
+                        for s in range(half):
+                            sum_L[s] += sum_L[s + half]
+                    out_NN[row + r, column + c] = sum_L[0]
+                    pair += 1
+            tile += 1
+
+
+@compiled_part
+def _by_halves(total_G, groups):
+    """The sum of the first so many, neighbours first; they are overwritten."""
+    left = groups
+    while left > 1:
+        for g in range(left // 2):
+            total_G[g] = total_G[2 * g] + total_G[2 * g + 1]
+        if left % 2:
+            total_G[left // 2] = total_G[left - 1]
+        left = (left + 1) // 2
+    return total_G[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fl_merge.kernels import across, vectors
-from fl_merge.kernels.across import add_agreeing, add_weighted
+from fl_merge.kernels.across import add_weighted
 from fl_merge.kernels.blocks import (
     BLOCK,
     GROUP,
@@ -25,6 +25,7 @@ from fl_merge.kernels.blocks import (
     load_deltas,
     load_double,
     load_trimmed,
+    lowest_bit,
     one_dtype,
     store,
     uniform_words,
@@ -34,6 +35,10 @@ from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
+
+_BLOCK = 256
+"""Elements of all clients whose deltas are at hand together: beside what is read and written they leave room in the
+fastest cache."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -111,7 +116,7 @@ def _load_largest(clients_N, codes_N, start, base_B, known, limit_N, delta_NB):
     if whole:
         done = size - size % GROUP
         bases, models, limits = base_B.ctypes.data, clients_N.ctypes.data, limit_N.ctypes.data
-        load_trimmed(codes_N[0], bases, models, start, count, limits, done, delta_NB.ctypes.data, 4 * BLOCK)
+        load_trimmed(codes_N[0], bases, models, start, count, limits, done, delta_NB.ctypes.data, 4 * delta_NB.shape[1])
     if done < size:
         for n in range(count):
             delta_B = delta_NB[n, done:size]
@@ -134,7 +139,7 @@ def _drop_largest(delta_B, threshold, above, last):
 
 @compiled_part
 def _with_minus(delta_NB, weights_N, s, normalize):
-    """`add_agreeing` of one element for the sign -1."""
+    """What one element's deltas give if minus is elected."""
     total, share = -_ZERO, _ZERO
     for n in range(weights_N.size):
         if delta_NB[n, s] < _ZERO:
@@ -193,22 +198,16 @@ def prune_combine(
         sum of the elected signs; and how many draws there were, of which as many are noted as there is room for.
     """
     count = clients_N.size
-    base_store = np.empty(BLOCK, np.float32)
-    vote_2B = np.empty((2, BLOCK), np.float32)  # elected signs; where there was a draw
-    value_store = np.empty(BLOCK, np.float32)
-    delta_NB, limit_N = np.zeros((count, BLOCK), np.float32), np.empty(count, np.float32)
-    rows, weights, voices = delta_NB.ctypes.data, weights_N.ctypes.data, voices_N.ctypes.data
+    base_store, value_store = np.zeros(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    delta_NB, limit_N = np.zeros((count, _BLOCK), np.float32), np.empty(count, np.float32)
+    draws_H, drawn_G = np.empty(_BLOCK // 2, np.uint64), np.empty(_BLOCK // GROUP, np.uint64)
     # numba frees an array after its last use: each whose address is taken has one in the loop.
-    elected, value = vote_2B.ctypes.data, value_store.ctypes.data
-    moved = elected + 4 * BLOCK
-    draws_H = np.empty(BLOCK // 2, np.uint64)
-    drawn_B = np.empty(BLOCK + 1, np.int64)
+    rows, bases, value, stride = delta_NB.ctypes.data, base_store.ctypes.data, value_store.ctypes.data, 4 * _BLOCK
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0
-    for begin in range(start, stop, BLOCK):
-        size = min(BLOCK, stop - begin)
+    for begin in range(start, stop, _BLOCK):
+        size = min(_BLOCK, stop - begin)
         base_B, value_B = base_store[:size], value_store[:size]
-        moved_B = vote_2B[1, :size]
         load(base, base_code, begin, base_B)
         if prune in (KEEP_LARGEST, KEEP_MIDDLE):
             known = thresholds_N, above_N, last_N
@@ -223,40 +222,33 @@ def prune_combine(
                 _keep_random(delta_NB[n, :size], keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
         if prune == KEEP_VARYING:
             keep_varying(delta_NB, size, thresholds_N[0], above_N[0], last_N[0] + 1 - begin, value_store)
+        weights, voices, drawn = weights_N.ctypes.data, voices_N.ctypes.data, drawn_G.ctypes.data
         if elect_by == ELECT_NONE:
-            add_weighted(rows, 4 * BLOCK, count, weights, size, value)
-            for s in range(size):
-                value_B[s] = base_B[s] + value_B[s] * scale
+            add_weighted(rows, stride, count, weights, bases, scale, size, value)
             largest = max(largest, store(value_B, out, out_code, begin))
             continue
-        if size < BLOCK:
+        if size < _BLOCK:
             delta_NB[:, size:] = _ZERO
+            base_store[size:] = _ZERO
+        how = voices, weights, bases, scale, normalize, size, value, drawn
         if elect_by == ELECT_FREQUENCY:
-            won, drawn = _elect_by_number(rows, 4 * BLOCK, count, voices, size, elected, moved)
+            won, here, most = _elect_by_number(rows, stride, count, *how)
         else:
-            won, drawn = _elect_by_total(rows, 4 * BLOCK, count, voices, size, elected, moved)
+            won, here, most = _elect_by_total(rows, stride, count, *how)
         tally += won
-        add_agreeing(rows, 4 * BLOCK, count, weights, elected, size, normalize, value)
-        for s in range(size):
-            value_B[s] = base_B[s] + value_B[s] * scale
-        here = store(value_B, out, out_code, begin)
-        if drawn:
-            here = np.uint32(0)
-            for s in range(size):
-                magnitude = np.uint32(bits_of(value_B[s]) & MAGNITUDE)
-                here = max(here, magnitude if moved_B[s] == _ZERO else np.uint32(0))
-            used = np.uint64(0)
-            for s in range(size):
-                drawn_B[used] = s
-                used += np.uint64(moved_B[s] > _ZERO)
-            for d in range(used):
-                s = drawn_B[d]
-                largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
-                if draws < drawn_M.size:
-                    drawn_M[draws] = begin + s
-                    otherwise_M[draws] = base_B[s] + _with_minus(delta_NB, weights_N, s, normalize) * scale
-                draws += 1
-        largest = max(largest, here)
+        largest = max(largest, np.uint32(most))
+        store(value_B, out, out_code, begin)
+        if here:
+            for g in range((size + GROUP - 1) // GROUP):
+                left = drawn_G[g]
+                while left:
+                    s = np.uint64(g * GROUP + lowest_bit(left))
+                    left &= left - np.uint64(1)
+                    largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
+                    if draws < drawn_M.size:
+                        drawn_M[draws] = begin + s
+                        otherwise_M[draws] = base_B[s] + _with_minus(delta_NB, weights_N, s, normalize) * scale
+                    draws += 1
     return largest, largest_drawn, tally, draws
 
 

@@ -290,10 +290,10 @@ class Inputs:
             )
         )
 
-    def gram(self, on: str, start: int, stop: int, out_NN: Tensor) -> None:
-        """Write the inner products of the float32 deltas or weights of one block to `out_NN`, (N, N) float64."""
-        where = *self._base, self._addresses_N, self._codes_N
-        self._kernels.gram(*where, on == "deltas", start, stop, out_NN.numpy())
+    def gram(self, on: str, start: int, stop: int, out_XNN: Tensor) -> None:
+        """Write the inner products of the float32 deltas or weights of each block (of `ops.gram`) to `out_XNN`, (blocks,
+        N, N) float64."""
+        self._kernels.gram(*self.addresses, on == "deltas", start, stop, out_XNN.numpy())
 
 
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fl_merge.kernels.passes import LARGEST, Array, Inputs, cut, largest_magnitude, output
 
-ROOM = 1 << 15
+ROOM = 1 << 16
 """How many magnitudes of a row `between` writes down at a time."""
 
 BINS = 1 << 14
@@ -34,16 +34,16 @@ class Counted:
     Args:
         above: how many are above the upper one.
         between: how many are from the lower to the upper one.
-        between_M: these, as bits, uint32, in order; none where the limits are equal.
-        starts, marks: for blocks of elements, in order: the first element, and how many were between before it.
+        parts: these, as bits, uint32, in order; none where the limits are equal.
+        starts_X, marks_X: for blocks of elements, in order: the first element, and how many were between before it.
         complete: false if there were more between than had room: then only `above` means anything.
     """
 
     above: int
     between: int
-    between_M: Array
-    starts: Array
-    marks: Array
+    parts: Sequence[Array]
+    starts_X: Array
+    marks_X: Array
     complete: bool
 
 
@@ -93,46 +93,38 @@ class Rows:
         self._kernels.sample_magnitudes(*self._scored, self._rows_R, starts_P, bits_RM)
         return bits_RM
 
-    def between(self, start: int, stop: int, low_R: Array, high_R: Array, room: int) -> list[Counted]:
+    def between(self, start: int, stop: int, low_R: Array, high_R: Array, room: int, expected: int) -> list[Counted]:
         """How the magnitudes of each row from start to stop, as the bits of float32, lie to its limits.
 
         Args:
             low_R, high_R: (R,), uint32.
             room: how many of a row's that are between are written down at most.
+            expected: how many will be, for which memory is taken; where there are more it is taken again.
         """
-        rows = len(self._rows_R)
+        rows, block = len(self._rows_R), self._kernels.BLOCK
         above_R, between_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        found_RM = np.empty((rows, ROOM), np.uint32)
+        marks_RX = np.empty((rows, math.ceil((stop - start) / block)), np.int64)
+        starts_X = np.arange(start, stop, block)
         parts: list[list[Array]] = [[] for _ in range(rows)]
-        starts, marks = [], []
         limits_R = low_R.copy(), high_R.copy()
-        while start < stop:
-            used_R = np.zeros(rows, np.int64)
-            where = *self._scored, self._rows_R, start, stop
-            marks_RM = np.empty((rows, math.ceil((stop - start) / self._kernels.BLOCK)), np.int64)
-            totals = above_R, between_R, marks_RM
-            end = self._kernels.magnitudes_between(*where, *limits_R, *totals, found_RM, used_R)
-            starts.append(np.arange(start, end, self._kernels.BLOCK))
-            marks.append(marks_RM[:, : len(starts[-1])])
-            start = end
-            for row, used in enumerate(used_R):
+        begin = start
+        while begin < stop:
+            found_RM, used_R = np.empty((rows, min(expected, ROOM) + 2 * block), np.uint32), np.zeros(rows, np.int64)
+            where = *self._scored, self._rows_R, begin, stop
+            totals = above_R, between_R, marks_RX[:, (begin - start) // block :]
+            begin = self._kernels.magnitudes_between(*where, *limits_R, *totals, found_RM, used_R)
+            for row, used in enumerate(used_R.tolist()):
                 if limits_R[0][row] != limits_R[1][row]:
-                    parts[row].append(found_RM[row, :used].copy())
-                if sum(part.size for part in parts[row]) > room:
+                    parts[row].append(found_RM[row, :used])
+                if sum(map(len, parts[row])) > room:
                     # What is counted from here on has no meaning; nothing more is written down.
                     parts[row].clear()
                     limits_R[0][row] = limits_R[1][row]
+        complete_R = low_R == limits_R[0]
         return [
-            Counted(
-                int(above),
-                int(between),
-                np.concatenate([np.empty(0, np.uint32), *part]),
-                np.concatenate(starts),
-                marks_M,
-                complete=bool(low == limits_R[0][row]),
-            )
-            for row, (above, between, part, marks_M, low) in enumerate(
-                zip(above_R, between_R, parts, np.concatenate(marks, axis=1), low_R, strict=True)
+            Counted(above, between, part, starts_X, marks_RX[row], complete=complete)
+            for row, (above, between, part, complete) in enumerate(
+                zip(above_R.tolist(), between_R.tolist(), parts, complete_R.tolist(), strict=True)
             )
         ]
 
@@ -143,10 +135,20 @@ class Rows:
         self._kernels.count_magnitudes(*one._scored, one._rows_R[0], start, stop, *limits, counts_K)
         return counts_K
 
-    def select(self, values_M: Array, rank: int) -> tuple[int, int]:
-        """The value at a rank, 1 for the largest, of some uint32, and how many are larger; their order is lost."""
-        value, larger = self._kernels.select(values_M, rank)
-        return int(value), int(larger)
+    def select_two(self, bits_RM: Array, rows_N: Array, ranks_2N: Array, values_2N: Array) -> None:
+        """For each of some rows of uint32 the values at two ranks, 1 for the largest; at rank 0 what was there stays."""
+        self._kernels.select_two(bits_RM, rows_N, ranks_2N, values_2N)
+
+    def find_cut(self, values_M: Array, rank: int, marks_X: Array) -> tuple[int, int, int]:
+        """The value at a rank of those that are between two limits, and the last of the equal ones that stay: in which
+        block it is, and which one of those in the block, from 1.
+
+        Args:
+            values_M: in order.
+            marks_X: how many of them were before each block.
+        """
+        value, block, nth = self._kernels.find_cut(values_M, rank, marks_X)
+        return int(value), int(block), int(nth)
 
     def nth_equal(self, row: int, start: int, stop: int, wanted: int, nth: int) -> int:
         """The index of the nth element of one row from start to stop whose magnitude has these bits."""
@@ -203,14 +205,16 @@ def warm_up(kernels: ModuleType) -> None:
     inputs.combine_elements(
         "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
     )
-    inputs.gram("deltas", 0, 4, torch.empty(2, 2, dtype=torch.float64))
+    inputs.gram("deltas", 0, 4, torch.empty(1, 2, 2, dtype=torch.float64))
     inputs.keep_ranked(0, 4, row=4, keys_N=[1, 2], density_N=[0.5, 0.5], epsilon=0.1, divisor_N=None)
     rows = Rows(inputs)
     rows.sample(np.zeros(1, np.int64), 4)
-    rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4)
+    rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4, expected=4)
     rows.count(0, 0, 4, 0, 1, 0)
     rows.nth_equal(0, 0, 4, 0, 1)
-    rows.select(np.arange(4, dtype=np.uint32), 1)
+    few_M, few_X = np.arange(4, dtype=np.uint32), np.zeros(1, np.int64)
+    rows.select_two(few_M[None], few_X, np.ones((2, 1), np.int64), np.zeros((2, 1), np.uint32))
+    rows.find_cut(few_M, 1, few_X)
     kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
     largest_of_products(inputs, 0, 4)
     combine_balanced(inputs, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)

@@ -21,7 +21,7 @@ WIDE = 16
 
 WORD, INDEX = ir.IntType(64), ir.IntType(32)
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
-_BYTES = {FLOAT: 4, DOUBLE: 8, WORD: 8, ir.HalfType(): 2, ir.IntType(16): 2}
+_BYTES = {FLOAT: 4, DOUBLE: 8, WORD: 8, INDEX: 4, ir.HalfType(): 2, ir.IntType(16): 2}
 ADDRESS = types.int64
 
 
@@ -60,6 +60,11 @@ def store(builder, value, address):
     """Write a vector, aligned as its elements are."""
     of = value.type.element
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=_BYTES[of])
+
+
+def store_word(builder, value, address):
+    """Write a number of 64 bits."""
+    builder.store(value, builder.inttoptr(address, WORD.as_pointer()), align=8)
 
 
 def everywhere(builder, value, lanes=WIDE):
@@ -208,3 +213,93 @@ def loads_models(dtype, *, deltas=True, trimmed=False, wide=False):
         return types.void(*[ADDRESS] * 8), emit
 
     return load_models
+
+
+def compares_models(dtype):
+    """Count the elements of one model whose difference from the base has a magnitude beyond two limits, and write down
+    the magnitudes between them. Magnitudes and limits are the bits of float32.
+
+    Args:
+        dtype: of the model.
+
+    Args of what this gives:
+        bases: of float32.
+        model: the address of the first element.
+        low, beyond: what is at least `low` and less than `beyond` is between them.
+        size: how many elements, a multiple of GROUP.
+        found: uint32, takes what is between, in order. WIDE more places behind it are written to as well.
+        listed: 1; or 0 if nothing is to be written down: then only the first WIDE places are written to.
+
+    What this gives returns how many are at least `beyond`, and how many are between.
+    """
+    read, width = dtype
+
+    @intrinsic
+    def compare_models(context, bases, model, low, beyond, size, found, listed):
+        def emit(context, builder, signature, arguments):
+            bases, model, low, beyond, size, found, listed = arguments
+            low, beyond = everywhere(builder, low), everywhere(builder, beyond)
+            above, between, end = registers(builder, [number(0), number(0), found])
+            step = builder.mul(listed, number(4))
+            keep = _packs(context, builder)
+            with groups(builder, size, GROUP) as group:
+                begin = builder.mul(group.index, number(GROUP))
+                start = builder.add(model, builder.mul(begin, number(width)))
+                for at in range(0, GROUP, WIDE):
+                    value = cast(builder, read(builder, builder.add(start, number(width * at)), WIDE), FLOAT)
+                    base = load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS)
+                    magnitudes = builder.and_(builder.bitcast(builder.fsub(value, base), BITS), MAGNITUDES)
+                    larger = builder.icmp_unsigned(">=", magnitudes, beyond)
+                    least = builder.icmp_unsigned(">=", magnitudes, low)
+                    hits = builder.and_(least, builder.not_(larger))
+                    add_to(builder, above, count_lanes(builder, larger), builder.add)
+                    keep(magnitudes, hits, builder.load(end))
+                    some = count_lanes(builder, hits)
+                    add_to(builder, between, some, builder.add)
+                    add_to(builder, end, builder.mul(some, step), builder.add)
+            return context.make_tuple(builder, signature.return_type, [builder.load(above), builder.load(between)])
+
+        limits = [types.uint32] * 2
+        return types.UniTuple(types.int64, 2)(*[ADDRESS] * 2, *limits, *[ADDRESS] * 3), emit
+
+    return compare_models
+
+
+def count_lanes(builder, lanes):
+    """How many lanes are set."""
+    return builder.zext(builder.ctpop(builder.bitcast(lanes, ir.IntType(WIDE))), WORD)
+
+
+def _packs(context, builder):
+    """What writes the chosen lanes of a vector to an address, one behind the other, and perhaps anything behind them."""
+    if "+avx512f" in context.codegen().magic_tuple()[2]:
+        name, kind = f"llvm.experimental.vector.compress.v{WIDE}i32", [BITS, vector(ir.IntType(1)), BITS]
+        compress = cgutils.get_or_insert_function(builder.module, ir.FunctionType(BITS, kind), name)
+
+        def pack(numbers, chosen, address):
+            store(builder, builder.call(compress, [numbers, chosen, ir.Constant(BITS, ir.Undefined)]), address)
+
+        return pack
+
+    # Few are chosen: one after the other.
+    room = cgutils.alloca_once(builder, BITS)
+    lane_of, mask = ir.IntType(WIDE), ir.IntType(1)
+
+    def pick(numbers, chosen, address):
+        builder.store(numbers, room)
+        left, end = registers(builder, [builder.bitcast(chosen, lane_of), address])
+        test, body, behind = (builder.append_basic_block() for _ in range(3))
+        builder.branch(test)
+        builder.position_at_end(test)
+        builder.cbranch(builder.icmp_unsigned("!=", builder.load(left), lane_of(0)), body, behind)
+        builder.position_at_end(body)
+        lane = builder.zext(builder.cttz(builder.load(left), mask(1)), INDEX)
+        first = builder.bitcast(room, INDEX.as_pointer())
+        here = builder.load(end)
+        builder.store(builder.load(builder.gep(first, [lane])), builder.inttoptr(here, INDEX.as_pointer()), align=4)
+        builder.store(builder.add(here, number(4)), end)
+        builder.store(builder.and_(builder.load(left), builder.sub(builder.load(left), lane_of(1))), left)
+        builder.branch(test)
+        builder.position_at_end(behind)
+
+    return pick
