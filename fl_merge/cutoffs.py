@@ -107,9 +107,9 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
                 else:
                     cutoffs_N2[at, 0], cutoffs_N2[at, 1] = cut
         left = misled
-    for at, count in enumerate(counts):
-        if count in (0, total):
-            cutoffs_N2[at] = torch.tensor([0.0, total - 1.0] if count else [math.inf, -1.0])
+    for at, stay in enumerate(counts):
+        if stay in (0, total):
+            cutoffs_N2[at] = torch.tensor([0.0, total - 1.0] if stay else [math.inf, -1.0])
     return cutoffs_N2
 
 

@@ -291,8 +291,8 @@ class Inputs:
         )
 
     def gram(self, on: str, start: int, stop: int, out_XNN: Tensor) -> None:
-        """Write the inner products of the float32 deltas or weights of each block (of `ops.gram`) to `out_XNN`, (blocks,
-        N, N) float64."""
+        """Write the inner products of the float32 deltas or weights of each block (of `ops.gram`) to `out_XNN`,
+        (blocks, N, N) float64."""
         self._kernels.gram(*self.addresses, on == "deltas", start, stop, out_XNN.numpy())
 
 

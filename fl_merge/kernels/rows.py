@@ -136,7 +136,7 @@ class Rows:
         return counts_K
 
     def select_two(self, bits_RM: Array, rows_N: Array, ranks_2N: Array, values_2N: Array) -> None:
-        """For each of some rows of uint32 the values at two ranks, 1 for the largest; at rank 0 what was there stays."""
+        """For each of some rows the values at two ranks, 1 for the largest; at rank 0 what was there stays."""
         self._kernels.select_two(bits_RM, rows_N, ranks_2N, values_2N)
 
     def find_cut(self, values_M: Array, rank: int, marks_X: Array) -> tuple[int, int, int]:

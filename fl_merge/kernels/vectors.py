@@ -271,7 +271,7 @@ def count_lanes(builder, lanes):
 
 
 def _packs(context, builder):
-    """What writes the chosen lanes of a vector to an address, one behind the other, and perhaps anything behind them."""
+    """What writes the chosen lanes of a vector to an address, one behind the other; and perhaps more behind them."""
     if "+avx512f" in context.codegen().magic_tuple()[2]:
         name, kind = f"llvm.experimental.vector.compress.v{WIDE}i32", [BITS, vector(ir.IntType(1)), BITS]
         compress = cgutils.get_or_insert_function(builder.module, ir.FunctionType(BITS, kind), name)
