@@ -69,7 +69,7 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
         "Gram matrix": lambda: native.gram("deltas", 0, elements, gram_XNN),
         "cuts (ties)": lambda: largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS),
         "merge (ties)": lambda: merged(cutoffs_N2=cutoffs_N2, election="total"),
-        "merge (dare_ties)": lambda: merged(election="total", divisor_N=[0.5] * CLIENTS, **chances),
+        "merge (dare_ties)": lambda: merged(election="total", factor_N=[2.0] * CLIENTS, **chances),
         "ranks (della)": ranked,
     }
 

@@ -303,7 +303,8 @@ class Fillers:
                 fixed = divisor_N if prune.rescale is not False else [1.0] * native.clients
                 ranked = {**chances, "row": row_length(output.spec), "epsilon": prune.epsilon, "divisor_N": fixed}
             else:
-                arguments = {**chances, "divisor_N": chances["density_N"] if prune.rescale is True else divisor_N}
+                factor_N = [1 / density for density in chances["density_N"]] if prune.rescale is True else None
+                arguments = {**chances, "factor_N": factor_N, "divisor_N": divisor_N}
         return CompiledStages(output, dtype, native, stages, weights_N, arguments, ranked)
 
     def _survey(self, compute: Coordinate, client_ids: Sequence[str], scope: list[Versions], mapped: Mapped) -> Tensor:

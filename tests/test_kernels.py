@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -376,6 +377,14 @@ def test_small_merges_do_not_load_them():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_processor_without_float16_is_noticed_and_not_the_end_of_the_process():
+    code = "from fl_merge import kernels; print(kernels.load())"
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "None\n"
+    assert "does not convert float16" in done.stderr
 
 
 def test_without_numba_there_is_one_notice_and_the_definitions_serve(monkeypatch, caplog):

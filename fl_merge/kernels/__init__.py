@@ -48,12 +48,23 @@ def _loaded() -> ModuleType:
     notice.daemon = True
     notice.start()
     try:
+        _require_half()
         from fl_merge.kernels import compiled, rows
 
         rows.warm_up(compiled)
         return compiled
     finally:
         notice.cancel()
+
+
+def _require_half() -> None:
+    """Refuse a processor that cannot convert float16 (virtual ones may not): LLVM would end the process over it."""
+    from numba.core.registry import cpu_target
+
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    machine = triple.partition("-")[0]
+    if machine not in ("aarch64", "arm64") and not (machine == "x86_64" and "+f16c" in features):
+        raise ImportError(f"this {machine} processor does not convert float16 (F16C)")
 
 
 def load() -> ModuleType | None:

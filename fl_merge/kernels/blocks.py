@@ -21,7 +21,13 @@ from numba.extending import intrinsic
 from fl_merge.kernels import vectors
 
 _parts = hashlib.blake2b(digest_size=8)
-for _name in ("blocks.py", "scoring.py", "vectors.py", "across.py"):  # whose parts are in other files' passes
+for _name in (
+    "blocks.py",
+    "scoring.py",
+    "vectors.py",
+    "across.py",
+    "draws.py",
+):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())
 _PARTS = _parts.hexdigest()

@@ -12,7 +12,6 @@ import numpy as np
 from fl_merge.kernels import across, vectors
 from fl_merge.kernels.across import add_weighted
 from fl_merge.kernels.blocks import (
-    BLOCK,
     GROUP,
     MAGNITUDE,
     add_scaled_delta,
@@ -30,6 +29,7 @@ from fl_merge.kernels.blocks import (
     store,
     uniform_words,
 )
+from fl_merge.kernels.draws import keep_drawn
 from fl_merge.kernels.scoring import keep_varying
 from fl_merge.kernels.vectors import DOUBLES
 
@@ -53,15 +53,15 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
     Returns:
         The bits of the largest float32 magnitude in it.
     """
-    base_store = np.empty(BLOCK, np.float64)
-    total_store = np.empty(BLOCK, np.float64)
-    value_store = np.empty(BLOCK, np.float32)
+    base_store = np.empty(_BLOCK, np.float64)
+    total_store = np.empty(_BLOCK, np.float64)
+    value_store = np.empty(_BLOCK, np.float32)
     bases, values = base_store.ctypes.data, value_store.ctypes.data
     addresses, coefficients = clients_N.ctypes.data, coefficients_N.ctypes.data
     alike = one_dtype(codes_N)
     largest = np.uint32(0)
-    for begin in range(start, stop, BLOCK):
-        size = min(BLOCK, stop - begin)
+    for begin in range(start, stop, _BLOCK):
+        size = min(_BLOCK, stop - begin)
         base_B, total_B, value_B = base_store[:size], total_store[:size], value_store[:size]
         load_double(base, base_code, begin, base_B)
         done = 0
@@ -78,24 +78,6 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
                 value_B[s] = np.float32(total_B[s])
         largest = max(largest, store(value_B, out, out_code, begin))
     return largest
-
-
-@compiled_part
-def _keep_random(delta_B, key, start, limit, divisor, draws_H):
-    """Keep an element if its draw, an integer of 32 bits, is at most the limit; divide what is kept.
-
-    Args:
-        start: even.
-        draws_H: (H,) uint64 scratch; each holds the draws of two elements.
-    """
-    uniform_words(key, start // 2, draws_H[: (delta_B.size + 1) // 2])
-    words_B = draws_H.view(np.uint32)
-    if divisor == _ONE:
-        for s in range(delta_B.size):
-            delta_B[s] = delta_B[s] if words_B[s] <= limit else _ZERO
-    else:
-        for s in range(delta_B.size):
-            delta_B[s] = (delta_B[s] if words_B[s] <= limit else _ZERO) / divisor
 
 
 @compiled_part
@@ -169,6 +151,7 @@ def prune_combine(
     top_last_N,
     keys_N,
     limits_N,
+    factors_N,
     divisors_N,
     elect_by,
     normalize,
@@ -190,7 +173,8 @@ def prune_combine(
         thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor. For
             KEEP_VARYING the first ones are of the variance.
         top_thresholds_N, top_above_N, top_last_N: for KEEP_MIDDLE: what is dropped as the largest.
-        keys_N, limits_N, divisors_N: for KEEP_RANDOM.
+        keys_N, limits_N, factors_N, divisors_N: for KEEP_RANDOM: of the draws, the largest draw of what is kept, and what
+            that is multiplied and divided by.
         drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
 
     Returns:
@@ -200,7 +184,7 @@ def prune_combine(
     count = clients_N.size
     base_store, value_store = np.zeros(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     delta_NB, limit_N = np.zeros((count, _BLOCK), np.float32), np.empty(count, np.float32)
-    draws_H, drawn_G = np.empty(_BLOCK // 2, np.uint64), np.empty(_BLOCK // GROUP, np.uint64)
+    drawn_G = np.empty(_BLOCK // GROUP, np.uint64)
     # numba frees an array after its last use: each whose address is taken has one in the loop.
     rows, bases, value, stride = delta_NB.ctypes.data, base_store.ctypes.data, value_store.ctypes.data, 4 * _BLOCK
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -219,7 +203,10 @@ def prune_combine(
                 _drop_largest(delta_NB[n, :size], top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
         if prune == KEEP_RANDOM:
             for n in range(count):
-                _keep_random(delta_NB[n, :size], keys_N[n], begin, limits_N[n], divisors_N[n], draws_H)
+                keep_drawn(rows + stride * n, keys_N[n], begin // 2, limits_N[n], factors_N[n], size)
+                if divisors_N[n] != _ONE:
+                    for s in range(size):
+                        delta_NB[n, s] /= divisors_N[n]
         if prune == KEEP_VARYING:
             keep_varying(delta_NB, size, thresholds_N[0], above_N[0], last_N[0] + 1 - begin, value_store)
         weights, voices, drawn = weights_N.ctypes.data, voices_N.ctypes.data, drawn_G.ctypes.data

@@ -144,6 +144,7 @@ class Inputs:
         varying_2: Tensor | None = None,
         keys_N: Sequence[int] | None = None,
         density_N: Sequence[float] | None = None,
+        factor_N: Sequence[float] | None = None,
         divisor_N: Sequence[float] | None = None,
         election: str | None = None,
         normalize: bool = True,
@@ -162,7 +163,8 @@ class Inputs:
             upper_N2: the same of what is dropped as the largest, as `ops.sparsify.trim_to_middle`.
             varying_2: (2,), float64: keep elements whose variance over the clients is above this cut.
             keys_N: of the draws of each client: keep by chance, as `ops.sparsify.keep_random`.
-            density_N, divisor_N: of the latter, for each client; what is kept is divided by the divisor.
+            density_N, factor_N, divisor_N: of the latter, for each client; what is kept is multiplied by the factor, and
+                divided by the divisor.
             election: None for the plain weighted sum; "total" or "frequency", as `ops.consensus.elect_sign`. Plus wins
                 where an election is a draw.
             normalize, scale: as in `fl_merge.stages`.
@@ -189,6 +191,7 @@ class Inputs:
             *cut(upper_N2, self.clients),
             np.array(keys_N if keys_N is not None else [0] * self.clients, dtype=np.uint64),
             np.array([math.ceil(density * 2**32) - 1 for density in density_N or ones_N], dtype=np.uint32),
+            np.array(factor_N or ones_N, dtype=np.float32),
             np.array(divisor_N or ones_N, dtype=np.float32),
             {None: 0, "total": 1, "frequency": 2}[election],
             bool(normalize),

@@ -106,19 +106,19 @@ def above_cut(scores_S: Tensor, index_S: Tensor, threshold: float, last: int) ->
 
 
 def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float | Sequence[float], *, rescale: bool) -> Tensor:
-    """The deltas with each element kept with probability `density`; kept ones divided by it if `rescale`.
+    """The deltas with each element kept with probability `density`; kept ones times 1 / density if `rescale`.
 
-    With the division the expected result is the delta itself (DARE; Yu et al., 2023, arXiv:2311.03099).
+    With that factor the expected result is the delta itself (DARE; Yu et al., 2023, arXiv:2311.03099).
 
     Args:
         deltas_NS: (N, S), a floating dtype.
         uniform_NS: (N, S), float64 draws from [0, 1).
         density: in (0, 1], for all clients or for each.
-        rescale: whether to divide what is kept by `density`.
+        rescale: whether to multiply what is kept by 1 / density, in the deltas' dtype.
     """
     density_N = torch.tensor(density, dtype=torch.float64, device=deltas_NS.device).expand(len(deltas_NS))
     kept_NS = torch.where(uniform_NS < density_N[:, None], deltas_NS, 0.0)
-    return kept_NS / density_N.to(deltas_NS.dtype)[:, None] if rescale else kept_NS
+    return kept_NS * (1 / density_N).to(deltas_NS.dtype)[:, None] if rescale else kept_NS
 
 
 def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilon: float) -> Tensor:
