@@ -173,8 +173,8 @@ def prune_combine(
         thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor. For
             KEEP_VARYING the first ones are of the variance.
         top_thresholds_N, top_above_N, top_last_N: for KEEP_MIDDLE: what is dropped as the largest.
-        keys_N, limits_N, factors_N, divisors_N: for KEEP_RANDOM: of the draws, the largest draw of what is kept, and what
-            that is multiplied and divided by.
+        keys_N, limits_N, factors_N, divisors_N: for KEEP_RANDOM: of the draws, the largest draw of what is kept, and
+            what that is multiplied and divided by.
         drawn_M, otherwise_M: take the places of draws and the float32 values that these elements have with minus.
 
     Returns:

@@ -163,8 +163,8 @@ class Inputs:
             upper_N2: the same of what is dropped as the largest, as `ops.sparsify.trim_to_middle`.
             varying_2: (2,), float64: keep elements whose variance over the clients is above this cut.
             keys_N: of the draws of each client: keep by chance, as `ops.sparsify.keep_random`.
-            density_N, factor_N, divisor_N: of the latter, for each client; what is kept is multiplied by the factor, and
-                divided by the divisor.
+            density_N, factor_N, divisor_N: of the latter, for each client; what is kept is multiplied by the factor,
+                and divided by the divisor.
             election: None for the plain weighted sum; "total" or "frequency", as `ops.consensus.elect_sign`. Plus wins
                 where an election is a draw.
             normalize, scale: as in `fl_merge.stages`.

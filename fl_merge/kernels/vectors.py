@@ -16,6 +16,19 @@ from numba.extending import intrinsic
 GROUP, DOUBLES = 64, 32
 """Elements whose float32, and whose float64, are kept in registers together."""
 
+_FEW = 4
+"""So many lanes are written at less cost than all."""
+
+_SECOND_CACHE = 2
+"""LLVM's number for it."""
+
+_LINE = 64
+"""Bytes that caches take together."""
+
+_AHEAD = 1024
+"""So many bytes before they are read, the next ones of each model are asked for: by itself a processor notices too late
+where it goes on in so many places."""
+
 WIDE = 16
 """Lanes of a vector of float32; of float64 there are half as many."""
 
@@ -153,6 +166,7 @@ def adds_models(dtype):
                     coefficient = load(builder, place_of(builder, coefficients, client.index, DOUBLE), DOUBLE)
                     coefficient = everywhere(builder, coefficient, lanes)
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
+                    fetch(builder, builder.add(model, number(_AHEAD)), DOUBLES * width)
                     for at, each, sum_L in zip(parts, base, kept, strict=True):
                         value = cast(builder, read(builder, builder.add(model, number(width * at)), lanes), DOUBLE)
                         add_to(builder, sum_L, builder.fmul(builder.fsub(value, each), coefficient))
@@ -194,6 +208,7 @@ def loads_models(dtype, *, deltas=True, trimmed=False, wide=False):
                 offset = builder.mul(builder.add(start, begin), number(width))
                 with clients(builder, count) as client:
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
+                    fetch(builder, builder.add(model, number(_AHEAD)), GROUP * width)
                     row = builder.add(rows, builder.mul(stride, client.index))
                     if trimmed:
                         limit = load(builder, place_of(builder, limits, client.index, FLOAT), FLOAT)
@@ -226,7 +241,7 @@ def compares_models(dtype):
         bases: of float32.
         model: the address of the first element.
         low, beyond: what is at least `low` and less than `beyond` is between them.
-        size: how many elements, a multiple of GROUP.
+        size: how many elements, a multiple of GROUP; as many bytes that follow are asked for, to be read next.
         found: uint32, takes what is between, in order. WIDE more places behind it are written to as well.
         listed: 1; or 0 if nothing is to be written down: then only the first WIDE places are written to.
 
@@ -245,16 +260,17 @@ def compares_models(dtype):
             with groups(builder, size, GROUP) as group:
                 begin = builder.mul(group.index, number(GROUP))
                 start = builder.add(model, builder.mul(begin, number(width)))
+                fetch(builder, builder.add(start, builder.mul(size, number(width))), GROUP * width)
                 for at in range(0, GROUP, WIDE):
                     value = cast(builder, read(builder, builder.add(start, number(width * at)), WIDE), FLOAT)
                     base = load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS)
                     magnitudes = builder.and_(builder.bitcast(builder.fsub(value, base), BITS), MAGNITUDES)
                     larger = builder.icmp_unsigned(">=", magnitudes, beyond)
                     least = builder.icmp_unsigned(">=", magnitudes, low)
-                    hits = builder.and_(least, builder.not_(larger))
-                    add_to(builder, above, count_lanes(builder, larger), builder.add)
-                    keep(magnitudes, hits, builder.load(end))
-                    some = count_lanes(builder, hits)
+                    more = count_lanes(builder, larger)
+                    some = builder.sub(count_lanes(builder, least), more)
+                    add_to(builder, above, more, builder.add)
+                    keep(magnitudes, builder.xor(least, larger), some, builder.load(end))
                     add_to(builder, between, some, builder.add)
                     add_to(builder, end, builder.mul(some, step), builder.add)
             return context.make_tuple(builder, signature.return_type, [builder.load(above), builder.load(between)])
@@ -263,6 +279,15 @@ def compares_models(dtype):
         return types.UniTuple(types.int64, 2)(*[ADDRESS] * 2, *limits, *[ADDRESS] * 3), emit
 
     return compare_models
+
+
+def fetch(builder, address, size):
+    """Ask for so many bytes that are read later, into the second cache. They need not exist."""
+    name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, INDEX, INDEX, INDEX])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, name)
+    for at in range(0, size, _LINE):
+        place = builder.inttoptr(builder.add(address, number(at)), cgutils.voidptr_t)
+        builder.call(prefetch, [place, INDEX(0), INDEX(_SECOND_CACHE), INDEX(1)])
 
 
 def count_lanes(builder, lanes):
@@ -276,8 +301,12 @@ def _packs(context, builder):
         name, kind = f"llvm.experimental.vector.compress.v{WIDE}i32", [BITS, vector(ir.IntType(1)), BITS]
         compress = cgutils.get_or_insert_function(builder.module, ir.FunctionType(BITS, kind), name)
 
-        def pack(numbers, chosen, address):
-            store(builder, builder.call(compress, [numbers, chosen, ir.Constant(BITS, ir.Undefined)]), address)
+        def pack(numbers, chosen, count, address):
+            packed = builder.call(compress, [numbers, chosen, ir.Constant(BITS, ir.Undefined)])
+            few = ir.Constant(vector(INDEX, _FEW), list(range(_FEW)))
+            store(builder, builder.shuffle_vector(packed, packed, few), address)
+            with builder.if_then(builder.icmp_unsigned(">", count, number(_FEW)), likely=False):
+                store(builder, packed, address)
 
         return pack
 
@@ -285,7 +314,7 @@ def _packs(context, builder):
     room = cgutils.alloca_once(builder, BITS)
     lane_of, mask = ir.IntType(WIDE), ir.IntType(1)
 
-    def pick(numbers, chosen, address):
+    def pick(numbers, chosen, count, address):
         builder.store(numbers, room)
         left, end = registers(builder, [builder.bitcast(chosen, lane_of), address])
         test, body, behind = (builder.append_basic_block() for _ in range(3))
