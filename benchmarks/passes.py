@@ -23,6 +23,7 @@ from fl_merge.execute import PIECE_ELEMENTS
 from fl_merge.kernels.passes import Inputs
 from fl_merge.kernels.rows import Rows
 from fl_merge.ops.gram import BLOCK
+from fl_merge.ops.sparsify import rank_line
 
 CLIENTS, DENSITY, EPSILON = 8, 0.2, 0.2
 
@@ -48,6 +49,13 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
     cutoffs_N2 = largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS)
     chances = {"keys_N": range(CLIENTS), "density_N": [0.5] * CLIENTS}
 
+    ranks = {
+        "row": row,
+        "lines_N2": [rank_line(0.5, EPSILON, row)] * CLIENTS,
+        "keys_N": range(CLIENTS),
+        "divisor_N": None,
+    }
+
     def pieces(step: int) -> list[tuple[int, int]]:
         return [(start, min(start + step, elements)) for start in range(0, elements, step)]
 
@@ -59,9 +67,10 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
         for start, stop in pieces(PIECE_ELEMENTS):
             native.weighted_sum(1.0, weights_N.tolist(), start, stop, out_S[start:stop])
 
-    def ranked() -> None:
-        for start in range(0, elements - row * 128 + 1, row * 128):
-            native.keep_ranked(start, start + row * 128, row=row, epsilon=EPSILON, divisor_N=None, **chances)
+    def ranked(**settings: object) -> None:
+        for start, stop in pieces(PIECE_ELEMENTS // row * row):
+            stop -= (stop - start) % row
+            native.rank_combine(weights_N, start=start, stop=stop, out_S=out_S[start:stop], **ranks, **settings)
 
     return {
         "read": lambda: [np.add.reduce(word.view(np.int64)) for word in words],
@@ -70,7 +79,8 @@ def works(elements: int, dtype: torch.dtype, row: int) -> dict[str, Callable[[],
         "cuts (ties)": lambda: largest_cutoffs(parts, wanted, map, PIECE_ELEMENTS),
         "merge (ties)": lambda: merged(cutoffs_N2=cutoffs_N2, election="total"),
         "merge (dare_ties)": lambda: merged(election="total", factor_N=[2.0] * CLIENTS, **chances),
-        "ranks (della)": ranked,
+        "merge (della_linear)": ranked,
+        "merge (della)": lambda: ranked(election="total"),
     }
 
 

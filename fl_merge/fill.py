@@ -24,7 +24,7 @@ from fl_merge.kernels.passes import Inputs
 from fl_merge.kernels.rows import Rows
 from fl_merge.measuring import measured
 from fl_merge.ops.gram import BLOCK, GramSum, finite_gram, gram_of_lines
-from fl_merge.ops.sparsify import keep_count, middle_counts, shrinkage
+from fl_merge.ops.sparsify import keep_count, middle_counts, rank_line, shrinkage
 from fl_merge.reading import Versions, flat, pieces, row_length, serves, shaped, whole_deltas
 from fl_merge.shapes import (
     Balanced,
@@ -94,8 +94,6 @@ class Fillers:
         compiled = self._kernels is not None and serves(output, self._device)
         if isinstance(output.compute, Coordinate) and output.compute.stages is None:
             compiled = False
-        # What is kept of whole rows is written down for each piece: a small one stays in the cache.
-        compiled = compiled and not (isinstance(output.compute, Coordinate) and output.compute.rows)
         step, block = self._piece if compiled else self._step, self._block(output)
         return math.ceil(step / block) * block
 
@@ -294,18 +292,26 @@ class Fillers:
         if isinstance(prune, KeepLargest | KeepMiddle):
             cutoffs = [_rounded(cut_N2, scope_start) for cut_N2 in torch.split(survey_NK, 2, dim=1)]
             arguments = {"cutoffs_N2": cutoffs[-1], "upper_N2": cutoffs[0] if len(cutoffs) > 1 else None}
-        ranked: dict[str, Any] | None = None
+        ranked = False
         if isinstance(prune, KeepRandom | KeepRanked):
-            spec = self._spec_for(output)
-            chances: dict[str, Any] = {"keys_N": draw_keys(spec, output.tensor), "density_N": prune.densities(spec)}
-            divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist() if prune.rescale == "l1" else None
-            if isinstance(prune, KeepRanked):
-                fixed = divisor_N if prune.rescale is not False else [1.0] * native.clients
-                ranked = {**chances, "row": row_length(output.spec), "epsilon": prune.epsilon, "divisor_N": fixed}
+            spec, divisor_N = self._spec_for(output), None
+            density_N = prune.densities(spec)
+            if prune.rescale is not True:
+                divisor_N = shrinkage(joint_K.reshape(2, -1)).tolist() if prune.rescale else [1.0] * native.clients
+            if isinstance(prune, KeepRandom):
+                factor_N = [1 / density for density in density_N] if prune.rescale is True else None
+                arguments = {"density_N": density_N, "factor_N": factor_N, "divisor_N": divisor_N}
             else:
-                factor_N = [1 / density for density in chances["density_N"]] if prune.rescale is True else None
-                arguments = {**chances, "factor_N": factor_N, "divisor_N": divisor_N}
-        return CompiledStages(output, dtype, native, stages, weights_N, arguments, ranked)
+                row = row_length(output.spec)
+                lines_N2 = [rank_line(density, prune.epsilon, row) for density in density_N]
+                ranked = any(step for _, step in lines_N2)
+                if ranked:
+                    arguments = {"row": row, "lines_N2": lines_N2, "divisor_N": divisor_N}
+                else:  # one chance for all
+                    density_N = [highest for highest, _ in lines_N2]
+                    arguments = {"density_N": density_N, "divisor_N": density_N if divisor_N is None else divisor_N}
+            arguments["keys_N"] = draw_keys(spec, output.tensor)
+        return CompiledStages(output, dtype, native, stages, weights_N, arguments, ranked=ranked)
 
     def _survey(self, compute: Coordinate, client_ids: Sequence[str], scope: list[Versions], mapped: Mapped) -> Tensor:
         """(N, K): what the survey says of each client's delta of the tensors in scope."""

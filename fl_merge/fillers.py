@@ -116,8 +116,8 @@ class CompiledStages(Filler):
         output, dtype: as for `Filler`.
         native: where the inputs are.
         stages, weights_N: what to do.
-        prune: how each delta is pruned, as `Inputs.prune_combine` takes it.
-        ranked: how it is pruned before that, as `Inputs.keep_ranked` takes it.
+        prune: how each delta is pruned, as `Inputs.prune_combine` takes it, or `Inputs.rank_combine`.
+        ranked: whether it is the latter.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class CompiledStages(Filler):
         stages: Stages,
         weights_N: Tensor,
         prune: Mapping[str, Any],
-        ranked: Mapping[str, Any] | None = None,
+        *,
+        ranked: bool = False,
     ) -> None:
         super().__init__(output, dtype)
-        self._native = native
-        self._ranked = ranked
+        self._combine = native.rank_combine if ranked else native.prune_combine
         self._counting = threading.Lock()
         self._tally = 0
         self._draws: dict[tuple[int, int], Draws] = {}
@@ -152,8 +152,7 @@ class CompiledStages(Filler):
                 self._draws[start, stop] = draws
 
     def _merge(self, start: int, stop: int, out_S: Tensor, room: int) -> Draws:
-        native = self._native if self._ranked is None else self._native.keep_ranked(start, stop, **self._ranked)
-        bits, draws = native.prune_combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
+        bits, draws = self._combine(**self._arguments, start=start, stop=stop, out_S=out_S, room=room)
         self._require(bits)
         return draws
 

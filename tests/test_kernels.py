@@ -44,7 +44,7 @@ from fl_merge.methods import (
 )
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.gram import BLOCK, gram_partials
-from fl_merge.ops.sparsify import keep_by_chance, keep_count, keep_largest, largest_cutoff, rank_chances
+from fl_merge.ops.sparsify import keep_by_chance, keep_count, keep_largest, largest_cutoff, rank_chances, rank_line
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 1.5, -1.5, 1e30, -1e30]
 """Zeros of both signs, denormals, equal magnitudes, the largest that pass the check."""
@@ -522,7 +522,24 @@ def test_inner_products_are_added_in_the_order_of_their_definition(size, count, 
 
 
 @pytest.mark.parametrize(
-    "shape", [(7, 1), (5, 2), (9, 16), (9, 17), (9, 49), (3, 5001), (1, 40_000), (6, 3, 5, 5), (301,)]
+    "shape",
+    [
+        (7, 1),
+        (700, 2),
+        (9, 16),
+        (9, 17),
+        (50, 49),
+        (40, 64),
+        (40, 65),
+        (9, 79),
+        (9, 144),
+        (3, 5001),
+        (1, 40_000),
+        (6, 3, 5, 5),
+        (301,),
+        (1,),
+        (0, 5),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("coarse", [False, True])
@@ -532,44 +549,77 @@ def test_ranks_within_rows_of_any_length(shape, dtype, coarse):
     assert defined == compiled
 
 
-@pytest.mark.parametrize("kind", ["one is large", "few differ", "geometric", "denormal", "zero", "huge"])
-def test_ranks_of_magnitudes_that_are_not_spread_over_their_range(kind):
+@pytest.mark.parametrize("row", [33, 301])
+@pytest.mark.parametrize(
+    "kind", ["one is large", "few differ", "half are zero", "geometric", "denormal", "zero", "all equal", "huge"]
+)
+def test_ranks_of_magnitudes_that_are_not_spread_over_their_range(kind, row):
     """Most of a row is in few bins: ranks come from a radix sort then, and are the same."""
-    noise = torch.randn(3, 40, 301, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(3, 40, row, generator=torch.Generator().manual_seed(5))
     if kind == "one is large":
         noise[..., 7] = 1e20
     elif kind == "few differ":
         noise = noise.round()
+    elif kind == "half are zero":
+        noise[torch.rand(noise.shape, generator=torch.Generator().manual_seed(6)) < 0.5] = 0.0
     elif kind == "geometric":
         noise = torch.exp2(20 * noise)
     elif kind == "denormal":
         noise *= 1e-44
     elif kind == "zero":
         noise *= 0
+    elif kind == "all equal":
+        noise = noise.sign()
     elif kind == "huge":
         noise *= 1e28
-    base = {"a": torch.zeros(40, 301)}
+    base = {"a": torch.zeros(40, row)}
     updates = [{"a": each} for each in noise]
-    defined, compiled = both(lambda: merge(della_linear(density=0.5, epsilon=0.9), base, updates, seed=4))
-    assert defined == compiled
+    for method in (della_linear(density=0.5, epsilon=0.9), della(density=0.5, epsilon=0.3, election="frequency")):
+        defined, compiled = both(lambda method=method: merge(method, base, updates, seed=4))
+        assert defined == compiled
 
 
-def test_ranks_where_a_difference_is_infinite():
+@pytest.mark.parametrize("density", [1e-9, 1e-4, 0.999, 1.0])
+@pytest.mark.parametrize("rescale", [True, False, "l1"])
+def test_ranks_at_the_least_and_the_greatest_chances(density, rescale):
+    """Below 2^-8 a chance of float32 is no whole number of draws; at 1 every draw keeps."""
+    base, updates = models(torch.float32, {"a": (300, 301)}, 3)
+    for epsilon in (0.0, 1.9 * min(density, 1 - density)):
+        method = della_linear(density=density, epsilon=epsilon, rescale=rescale)
+        defined, compiled = both(lambda method=method: merge(method, base, updates, seed=4))
+        assert defined == compiled
+
+
+def test_ranks_in_pieces_and_threads():
+    """Pieces are whole rows; draws that nobody wins are kept apart by piece."""
+    base, updates = models(torch.bfloat16, {"a": (130, 333), "b": (9001,), "c": (2000, 7)}, 4, True)
+    method = della(density={"0": 0.3, "1": 1.0, "2": 0.5, "3": 0.6}, epsilon=0.3)
+    defined, compiled = both(
+        lambda: [
+            merge(method, base, updates, seed=4, slice_elements=size, threads=threads)
+            for size, threads in ((16_384, 1), (16_384, 3), (10**9, 2))
+        ]
+    )
+    assert [bits(each) for each in defined] == [bits(each) for each in compiled]
+    assert bits(defined[0]) == bits(defined[1]) == bits(defined[2])
+
+
+@pytest.mark.parametrize("row", [40, 80])
+def test_ranks_where_a_difference_is_infinite(row):
     """Of finite numbers of opposite signs: it is of no bin of equal width, and is ranked as the definition ranks it."""
-    base_S = torch.full((80,), 3e38)
+    base_S = torch.full((160,), 3e38)
     client_S = base_S.clone()
     client_S[5] = -3e38
-    client_S[50:] *= torch.linspace(0.5, 1.0, 30)
+    client_S[100:] *= torch.linspace(0.5, 1.0, 60)
     module = kernels.load()
     assert module is not None
-    out_S = np.empty(80, np.float32)
-    addresses = base_S.data_ptr(), 0, client_S.data_ptr(), 0
-    highest, spread = 0.7, 0.4
-    module.keep_ranked(*addresses, 0, 80, 40, np.uint64(7), highest, spread, True, np.float32(1), out_S)
-    drawn_S = np.empty(80)
-    module.uniform(np.uint64(7), 0, drawn_S)
     delta_1S = (client_S - base_S)[None]
     assert delta_1S.isinf().any()
-    chance_1S = rank_chances(delta_1S, 40, [0.5], 0.4)
+    out_S, weights_N = torch.empty(160), torch.ones(1, dtype=torch.float64)
+    ranks = {"row": row, "keys_N": [7], "lines_N2": [rank_line(0.5, 0.4, row)], "divisor_N": None}
+    Inputs(module, base_S, [client_S]).rank_combine(weights_N, **ranks, start=0, stop=160, out_S=out_S)
+    drawn_S = np.empty(160)
+    module.uniform(np.uint64(7), 0, drawn_S)
+    chance_1S = rank_chances(delta_1S, row, [0.5], 0.4)
     wanted_1S = keep_by_chance(delta_1S, torch.from_numpy(drawn_S)[None], chance_1S, rescale=True)
-    assert torch.equal(torch.from_numpy(out_S)[None], wanted_1S)
+    assert bits(out_S) == bits(base_S + wanted_1S[0])

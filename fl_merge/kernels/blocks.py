@@ -27,6 +27,7 @@ for _name in (
     "vectors.py",
     "across.py",
     "draws.py",
+    "merging.py",
 ):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())

@@ -14,7 +14,7 @@ from fl_merge.kernels.counting import (
 from fl_merge.kernels.elements import combine_elements
 from fl_merge.kernels.gram import gram
 from fl_merge.kernels.merging import prune_combine, uniform, weighted_sum
-from fl_merge.kernels.ranking import keep_ranked
+from fl_merge.kernels.ranking import rank_combine
 from fl_merge.kernels.scoring import SUM_BLOCK, combine_balanced, kept_squares, largest_of_products
 
 __all__ = [
@@ -25,13 +25,13 @@ __all__ = [
     "count_magnitudes",
     "find_cut",
     "gram",
-    "keep_ranked",
     "kept_squares",
     "largest_magnitude",
     "largest_of_products",
     "magnitudes_between",
     "nth_equal",
     "prune_combine",
+    "rank_combine",
     "sample_magnitudes",
     "select",
     "select_two",

@@ -134,6 +134,50 @@ def _with_minus(delta_NB, weights_N, s, normalize):
     return total
 
 
+@compiled_part
+def merge_rows(delta_NG, base_G, size, how, scratch, out, out_code, begin, noted):
+    """Merge what is kept of the deltas of the elements from `begin` on, and write it.
+
+    Args:
+        delta_NG, base_G: in whole groups; what is behind `size` becomes 0.
+        how: weights_N, voices_N, elect_by, normalize, scale, as in `prune_combine`.
+        scratch: for the merged values, and a word for each group.
+        noted: drawn_M, otherwise_M, and how many draws there have been.
+
+    Returns:
+        What `prune_combine` does, of these elements.
+    """
+    weights_N, voices_N, elect_by, normalize, scale = how
+    value_G, drawn_G = scratch
+    drawn_M, otherwise_M, draws = noted
+    rows, bases, value, stride = delta_NG.ctypes.data, base_G.ctypes.data, value_G.ctypes.data, 4 * delta_NG.shape[1]
+    weights, voices, drawn = weights_N.ctypes.data, voices_N.ctypes.data, drawn_G.ctypes.data
+    count, value_B = weights_N.size, value_G[:size]
+    if elect_by == ELECT_NONE:
+        add_weighted(rows, stride, count, weights, bases, scale, size, value)
+        return store(value_B, out, out_code, begin), np.uint32(0), 0, 0
+    delta_NG[:, size:] = _ZERO
+    base_G[size:] = _ZERO
+    where = voices, weights, bases, scale, normalize, size, value, drawn
+    if elect_by == ELECT_FREQUENCY:
+        won, here, most = _elect_by_number(rows, stride, count, *where)
+    else:
+        won, here, most = _elect_by_total(rows, stride, count, *where)
+    store(value_B, out, out_code, begin)
+    largest_drawn = np.uint32(0)
+    for g in range((size + GROUP - 1) // GROUP if here else 0):
+        left = drawn_G[g]
+        while left:
+            s = np.uint64(g * GROUP + lowest_bit(left))
+            left &= left - np.uint64(1)
+            largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
+            if draws < drawn_M.size:
+                drawn_M[draws] = begin + s
+                otherwise_M[draws] = base_G[s] + _with_minus(delta_NG, weights_N, s, normalize) * scale
+            draws += 1
+    return np.uint32(most), largest_drawn, won, here
+
+
 @compiled_pass
 def prune_combine(
     base,
@@ -185,13 +229,13 @@ def prune_combine(
     base_store, value_store = np.zeros(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
     delta_NB, limit_N = np.zeros((count, _BLOCK), np.float32), np.empty(count, np.float32)
     drawn_G = np.empty(_BLOCK // GROUP, np.uint64)
-    # numba frees an array after its last use: each whose address is taken has one in the loop.
-    rows, bases, value, stride = delta_NB.ctypes.data, base_store.ctypes.data, value_store.ctypes.data, 4 * _BLOCK
+    rows, stride = delta_NB.ctypes.data, 4 * _BLOCK
+    how, scratch = (weights_N, voices_N, elect_by, normalize, scale), (value_store, drawn_G)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0
     for begin in range(start, stop, _BLOCK):
         size = min(_BLOCK, stop - begin)
-        base_B, value_B = base_store[:size], value_store[:size]
+        base_B = base_store[:size]
         load(base, base_code, begin, base_B)
         if prune in (KEEP_LARGEST, KEEP_MIDDLE):
             known = thresholds_N, above_N, last_N
@@ -209,33 +253,11 @@ def prune_combine(
                         delta_NB[n, s] /= divisors_N[n]
         if prune == KEEP_VARYING:
             keep_varying(delta_NB, size, thresholds_N[0], above_N[0], last_N[0] + 1 - begin, value_store)
-        weights, voices, drawn = weights_N.ctypes.data, voices_N.ctypes.data, drawn_G.ctypes.data
-        if elect_by == ELECT_NONE:
-            add_weighted(rows, stride, count, weights, bases, scale, size, value)
-            largest = max(largest, store(value_B, out, out_code, begin))
-            continue
-        if size < _BLOCK:
-            delta_NB[:, size:] = _ZERO
-            base_store[size:] = _ZERO
-        how = voices, weights, bases, scale, normalize, size, value, drawn
-        if elect_by == ELECT_FREQUENCY:
-            won, here, most = _elect_by_number(rows, stride, count, *how)
-        else:
-            won, here, most = _elect_by_total(rows, stride, count, *how)
-        tally += won
-        largest = max(largest, np.uint32(most))
-        store(value_B, out, out_code, begin)
-        if here:
-            for g in range((size + GROUP - 1) // GROUP):
-                left = drawn_G[g]
-                while left:
-                    s = np.uint64(g * GROUP + lowest_bit(left))
-                    left &= left - np.uint64(1)
-                    largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
-                    if draws < drawn_M.size:
-                        drawn_M[draws] = begin + s
-                        otherwise_M[draws] = base_B[s] + _with_minus(delta_NB, weights_N, s, normalize) * scale
-                    draws += 1
+        noted = drawn_M, otherwise_M, draws
+        found = merge_rows(delta_NB, base_store, size, how, scratch, out, out_code, begin, noted)
+        largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
+        tally += found[2]
+        draws += found[3]
     return largest, largest_drawn, tally, draws
 
 

@@ -23,7 +23,7 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 LIMITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000}
 """The bits of the smallest float32 magnitude that is rounded to infinity in a dtype."""
 
-_DELTA32 = 4
+_ELECTIONS = {None: 0, "total": 1, "frequency": 2}
 
 KINDS = {
     "median": 1,
@@ -180,10 +180,8 @@ class Inputs:
         if varying_2 is not None:
             prune, cutoffs_N2 = 4, varying_2.expand(self.clients, 2)
         places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
-        largest, largest_drawn, tally, draws = self._kernels.prune_combine(
-            *self._base,
-            self._addresses_N,
-            self._codes_N,
+        found = self._kernels.prune_combine(
+            *self.addresses,
             weights_N.float().numpy(),
             (weights_N if voices_N is None else voices_N).float().numpy(),
             prune,
@@ -193,7 +191,7 @@ class Inputs:
             np.array([math.ceil(density * 2**32) - 1 for density in density_N or ones_N], dtype=np.uint32),
             np.array(factor_N or ones_N, dtype=np.float32),
             np.array(divisor_N or ones_N, dtype=np.float32),
-            {None: 0, "total": 1, "frequency": 2}[election],
+            _ELECTIONS[election],
             bool(normalize),
             np.float32(np.clip(scale, -LARGEST, LARGEST)),
             start,
@@ -203,52 +201,58 @@ class Inputs:
             places_M,
             otherwise_M,
         )
-        noted = min(int(draws), room)
-        places_M, otherwise_M = places_M[:noted].copy(), otherwise_M[:noted].copy()
-        return int(largest), Draws(int(tally), int(draws), int(largest_drawn), places_M, otherwise_M)
+        return _noted(found, places_M, otherwise_M)
 
-    def keep_ranked(
+    def rank_combine(
         self,
-        start: int,
-        stop: int,
+        weights_N: Tensor,
         *,
         row: int,
         keys_N: Sequence[int],
-        density_N: Sequence[float],
-        epsilon: float,
+        lines_N2: Sequence[tuple[float, float]],
         divisor_N: Sequence[float] | None,
-    ) -> Self:
-        """The same inputs with what is kept of each delta in place of the clients, for the elements from start to stop.
+        election: str | None = None,
+        normalize: bool = True,
+        scale: float = 1.0,
+        start: int,
+        stop: int,
+        out_S: Tensor,
+        room: int = 0,
+    ) -> tuple[int, Draws]:
+        """The same where elements are kept by chance, the more likely the larger they are within their row.
 
         Args:
-            start, stop: of whole rows.
             row: how many elements a row has.
             keys_N: of the draws of each client.
-            density_N, epsilon: as `ops.sparsify.rank_chances`.
+            lines_N2: of each client, as `ops.sparsify.rank_line`.
             divisor_N: what is kept is divided by; None for each element's own chance.
+            start, stop: of whole rows.
+
+        The other arguments and what comes back are those of `prune_combine`.
         """
-        kept_NS = np.empty((self.clients, stop - start), np.float32)
-        for client in range(self.clients):
-            density = density_N[client]
-            self._kernels.keep_ranked(
-                *self._base,
-                self._addresses_N[client],
-                self._codes_N[client],
-                start,
-                stop,
-                row,
-                np.uint64(keys_N[client]),
-                density + epsilon / 2,
-                epsilon if density < 1 else -1.0,
-                divisor_N is None,
-                np.float32(1.0 if divisor_N is None else divisor_N[client]),
-                kept_NS[client],
-            )
-        kept = self.some(range(self.clients))
-        kept._kept = (*self._kept, torch.from_numpy(kept_NS))
-        kept._addresses_N = np.array([kept_S.ctypes.data - 4 * start for kept_S in kept_NS], dtype=np.int64)
-        kept._codes_N = np.full(self.clients, _DELTA32, dtype=np.int64)
-        return kept
+        out, code = output(out_S, start, stop)
+        highest_N, steps_N = np.array(lines_N2, dtype=np.float32).T.copy()
+        places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
+        found = self._kernels.rank_combine(
+            *self.addresses,
+            row,
+            np.array(keys_N, dtype=np.uint64),
+            highest_N,
+            steps_N,
+            divisor_N is None,
+            np.array([1.0] * self.clients if divisor_N is None else divisor_N, dtype=np.float32),
+            weights_N.float().numpy(),
+            _ELECTIONS[election],
+            bool(normalize),
+            np.float32(np.clip(scale, -LARGEST, LARGEST)),
+            start,
+            stop,
+            out,
+            code,
+            places_M,
+            otherwise_M,
+        )
+        return _noted(found, places_M, otherwise_M)
 
     def combine_elements(
         self,
@@ -297,6 +301,13 @@ class Inputs:
         """Write the inner products of the float32 deltas or weights of each block (of `ops.gram`) to `out_XNN`,
         (blocks, N, N) float64."""
         self._kernels.gram(*self.addresses, on == "deltas", start, stop, out_XNN.numpy())
+
+
+def _noted(found: tuple[Any, ...], places_M: Array, otherwise_M: Array) -> tuple[int, Draws]:
+    """What a pass with elections gives back, and what it noted of draws."""
+    largest, largest_drawn, tally, draws = (int(each) for each in found)
+    noted = min(draws, len(places_M))
+    return largest, Draws(tally, draws, largest_drawn, places_M[:noted].copy(), otherwise_M[:noted].copy())
 
 
 def largest_magnitude(kernels: ModuleType, tensor_S: Tensor, start: int, stop: int) -> float:

@@ -1,17 +1,16 @@
-"""A compiled pass that keeps elements by chance, the more likely the larger they are within their row: it equals
-`ops.sparsify.rank_chances` and `keep_by_chance` bit for bit.
+"""A compiled pass that keeps elements by chance, the more likely the larger they are within their row, and merges what
+is kept: it equals `ops.sparsify.rank_chances` and `keep_by_chance`, and what `prune_combine` equals, bit for bit.
 
-Ranks come from bins of the magnitudes, whole rows at a time, or from a radix sort where most are in few bins.
-Suffixes: S elements of a piece, R of a row, K bins.
+Ranks come from bins of the magnitudes, or from a radix sort where most are in few bins; in short rows all are compared
+with all. Suffixes: N clients, S elements of a group of rows, R of a row, K bins.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from fl_merge.kernels.blocks import (
+    GROUP,
     MAGNITUDE,
     bits_of,
     compiled_part,
@@ -21,18 +20,24 @@ from fl_merge.kernels.blocks import (
     load_delta,
     uniform_words,
 )
+from fl_merge.kernels.merging import merge_rows
+
+FEW = 32
+"""In rows up to this length all are compared with all."""
+
+RANKED = 1024
+"""How many elements of all clients are kept and merged together, or one row, if that is longer: they stay in the cache
+that is next to the fastest."""
 
 _DIGIT = 11
 _BINS = 1 << _DIGIT
-_FEW = 16
-"""Rows up to this length are sorted by exchanges alone."""
-
 _TURNS = 32
 """How often neighbours are exchanged at most before most of a row is taken to be in few bins."""
 
 _MOST_BINS = 1 << 16
 
-_ZERO = np.float32(0)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_LEAST, _DRAWS, _MOST = np.float32(2.0**-32), np.float32(2.0**32), np.float32(2.0**32 - 256)
 
 
 @compiled_part
@@ -127,58 +132,122 @@ def _by_digits(keys_R, other_R, counts_3K):
 @compiled_part
 def _sort(bits_R, bins_R, starts_K, keys_R, other_R, counts_3K):
     """The keys in order; gives the array in which they are."""
-    if bits_R.size > _FEW and _by_size(bits_R, bins_R, starts_K, keys_R):
+    if _by_size(bits_R, bins_R, starts_K, keys_R):
         return keys_R
     for r in range(bits_R.size):
         keys_R[r] = _key(bits_R[r], r)
-    if bits_R.size <= _FEW:
-        _by_exchange(keys_R, _FEW)
-        return keys_R
     return _by_digits(keys_R, other_R, counts_3K)
 
 
+@compiled_part
+def _compare(bits_R, by_place_R, chance_R):
+    """The chances in a short row."""
+    for r in range(bits_R.size):
+        place = 0
+        for other in range(bits_R.size):
+            place += (bits_R[other] > bits_R[r]) | ((bits_R[other] == bits_R[r]) & (other < r))
+        chance_R[r] = by_place_R[place]
+
+
+@compiled_part
+def _rank(delta_R, by_place_R, scratch, chance_R):
+    """The chances in a row, from those by place."""
+    bits_R, bins_R, starts_K, keys_R, other_R, counts_3K = scratch
+    for r in range(delta_R.size):
+        bits_R[r] = np.uint32(bits_of(delta_R[r]) & MAGNITUDE)
+    if delta_R.size <= FEW:
+        _compare(bits_R, by_place_R, chance_R)
+        return
+    sorted_R = _sort(bits_R, bins_R, starts_K, keys_R, other_R, counts_3K)
+    for place in range(delta_R.size):
+        chance_R[np.uint32(sorted_R[place])] = by_place_R[place]
+
+
+@compiled_part
+def _keep(delta_S, chance_S, word_S, own_chance, divisor, kept_S):
+    """What is kept, over its own chance or the divisor."""
+    for s in range(delta_S.size):
+        chance = chance_S[s]
+        limit = np.uint32(np.ceil(min(np.float32(chance * _DRAWS), _MOST)))
+        kept = delta_S[s] if (word_S[s] < limit) | (chance >= _ONE) else _ZERO
+        kept_S[s] = kept / (chance if own_chance else divisor)
+
+
 @compiled_pass
-def keep_ranked(base, base_code, client, code, start, stop, row, key, highest, spread, own_chance, divisor, out_S):
-    """What is kept of one client's delta in whole rows from start to stop.
+def rank_combine(
+    base,
+    base_code,
+    clients_N,
+    codes_N,
+    row,
+    keys_N,
+    highest_N,
+    steps_N,
+    own_chance,
+    divisors_N,
+    weights_N,
+    elect_by,
+    normalize,
+    scale,
+    start,
+    stop,
+    out,
+    out_code,
+    drawn_M,
+    otherwise_M,
+):
+    """base + scale * combine(what is kept of the deltas), of whole rows from start to stop.
 
     Args:
-        key: of the client's draws for this tensor.
-        highest, spread: the chances are highest - place / (row - 1) * spread; all is kept if spread is negative.
-        own_chance: whether what is kept is divided by its own chance; else it is divided by `divisor`.
-        out_S: takes it, float32.
+        row: how many elements a row has.
+        keys_N: of the draws of each client for this tensor.
+        highest_N, steps_N: the chances are highest - place * step.
+        own_chance: whether what is kept is divided by its own chance; else it is divided by the client's divisor.
+
+    The other arguments and what comes back are those of `prune_combine`.
     """
-    base_R, delta_R = np.empty(row, np.float32), np.empty(row, np.float32)
-    bits_R, bins_R = np.empty(row, np.uint32), np.empty(row, np.uint32)
+    count = clients_N.size
+    group = row * max(1, RANKED // row)
+    room = (group + GROUP - 1) // GROUP * GROUP
+    base_store, delta_S, value_store = (
+        np.zeros(room, np.float32),
+        np.empty(group, np.float32),
+        np.empty(room, np.float32),
+    )
+    kept_NS, drawn_G = np.zeros((count, room), np.float32), np.empty(room // GROUP, np.uint64)
+    delta_S, chance_S = np.empty(group, np.float32), np.empty(group, np.float32)
+    draws_H = np.empty(group // 2 + 1, np.uint64)
     bins = 4
     while bins < 2 * row and bins < _MOST_BINS:
         bins *= 2
-    starts_K = np.empty(bins, np.uint32)
+    bits_R, bins_R = np.empty(row, np.uint32), np.empty(row, np.uint32)
     keys_R, other_R = np.empty(row, np.uint64), np.empty(row, np.uint64)
-    counts_3K = np.empty((3, _BINS), np.int64)
-    draws_H = np.empty(row // 2 + 2, np.uint64)
-    # By place: below which number of 32 bits a draw keeps, and what is divided by.
-    limits_R, divisors_R = np.empty(row, np.uint64), np.empty(row, np.float32)
-    limit_R, divisor_R = np.empty(row, np.uint64), np.empty(row, np.float32)
-    for place in range(row if spread >= 0 and row > 1 else 0):
-        chance = highest - np.float64(place) / np.float64(row - 1) * spread
-        limits_R[place] = np.uint64(max(math.ceil(chance * 2.0**32), 0))
-        divisors_R[place] = np.float32(chance) if own_chance else divisor
-    for begin in range(start, stop, row):
-        load(base, base_code, begin, base_R)
-        load_delta(client, code, begin, base_R, delta_R)
-        kept_R = out_S[begin - start : begin - start + row]
-        if spread < 0 or row == 1:
-            for r in range(row):
-                kept_R[r] = delta_R[r] if own_chance else delta_R[r] / divisor
-            continue
-        for r in range(row):
-            bits_R[r] = np.uint32(bits_of(delta_R[r]) & MAGNITUDE)
-        sorted_R = _sort(bits_R, bins_R, starts_K, keys_R, other_R, counts_3K)
+    scratch = bits_R, bins_R, np.empty(bins, np.uint32), keys_R, other_R, np.empty((3, _BINS), np.int64)
+    by_place_NR, merging = np.empty((count, row), np.float32), (value_store, drawn_G)
+    for n in range(count):
         for place in range(row):
-            r = np.uint32(sorted_R[place])
-            limit_R[r], divisor_R[r] = limits_R[place], divisors_R[place]
-        uniform_words(key, begin // 2, draws_H)
-        words = draws_H.view(np.uint32)[begin % 2 :]
-        for r in range(row):
-            kept = delta_R[r] if np.uint64(words[r]) < limit_R[r] else _ZERO
-            kept_R[r] = kept / divisor_R[r]
+            chance = np.float32(highest_N[n] - np.float32(np.float32(place) * steps_N[n]))
+            by_place_NR[n, place] = max(chance, _LEAST)
+    how = weights_N, weights_N, elect_by, normalize, scale
+    largest, largest_drawn = np.uint32(0), np.uint32(0)
+    tally, draws = 0, 0
+    for begin in range(start, stop, group):
+        size = min(group, stop - begin)
+        base_S = base_store[:size]
+        load(base, base_code, begin, base_S)
+        for n in range(count):
+            load_delta(clients_N[n], codes_N[n], begin, base_S, delta_S[:size])
+            if steps_N[n] == _ZERO:
+                chance_S[:size] = highest_N[n]
+            else:
+                for at in range(0, size, row):
+                    _rank(delta_S[at : at + row], by_place_NR[n], scratch, chance_S[at : at + row])
+            uniform_words(keys_N[n], begin // 2, draws_H[: size // 2 + 1])
+            words_S = draws_H.view(np.uint32)[begin % 2 :]
+            _keep(delta_S[:size], chance_S, words_S, own_chance, divisors_N[n], kept_NS[n, :size])
+        noted = drawn_M, otherwise_M, draws
+        found = merge_rows(kept_NS, base_store, size, how, merging, out, out_code, begin, noted)
+        largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
+        tally += found[2]
+        draws += found[3]
+    return largest, largest_drawn, tally, draws

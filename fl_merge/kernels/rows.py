@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -206,7 +206,8 @@ def warm_up(kernels: ModuleType) -> None:
         "median", count=1, factors_N=[1.0, 1.0], numbers=(), scale=1.0, start=0, stop=4, out_S=out_S
     )
     inputs.gram("deltas", 0, 4, torch.empty(1, 2, 2, dtype=torch.float64))
-    inputs.keep_ranked(0, 4, row=4, keys_N=[1, 2], density_N=[0.5, 0.5], epsilon=0.1, divisor_N=None)
+    ranked: dict[str, Any] = {"row": 4, "keys_N": [1, 2], "lines_N2": [(0.6, 0.1)] * 2, "divisor_N": None}
+    inputs.rank_combine(weights_N, **ranked, start=0, stop=4, out_S=out_S)
     rows = Rows(inputs)
     rows.sample(np.zeros(1, np.int64), 4)
     rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4, expected=4)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LEAST_CHANCE = 2.0**-32
+"""Of `rank_chances`: the smallest step of a draw."""
+
 
 def keep_count(density: float, numel: int) -> int:
     """How many of `numel` elements a density keeps: max(1, int(density * numel)), and none of an empty tensor."""
@@ -121,6 +124,18 @@ def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float | Sequence
     return kept_NS * (1 / density_N).to(deltas_NS.dtype)[:, None] if rescale else kept_NS
 
 
+def rank_line(density: float, epsilon: float, row: int) -> tuple[float, float]:
+    """The probability of the first place of a row, and how much less it is at each further place: float32 values.
+
+    1 and 0 in rows of one element, and at density 1.
+    """
+    if row <= 1 or density >= 1:
+        return 1.0, 0.0
+    line = torch.tensor([density + epsilon / 2, epsilon / (row - 1)], dtype=torch.float64).float()
+    highest, step = line.tolist()
+    return max(highest, LEAST_CHANCE), step
+
+
 def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilon: float) -> Tensor:
     """The probability with which each element is kept: linear in the rank of its magnitude within its row.
 
@@ -132,20 +147,19 @@ def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilo
         row: how many elements a row has.
 
     Returns:
-        (N, S), float64.
+        (N, S), float32.
     """
-    if row <= 1:
-        return torch.ones(deltas_NS.shape, dtype=torch.float64, device=deltas_NS.device)
+    lines = [rank_line(density, epsilon, row) for density in density_N]
+    highest_N, step_N = torch.tensor(lines, dtype=torch.float32, device=deltas_NS.device).unbind(1)
+    if not step_N.any():
+        return highest_N[:, None].expand(deltas_NS.shape)
     rows_NRC = deltas_NS.abs().reshape(len(deltas_NS), -1, row)
     order_NRC = rows_NRC.sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(row, dtype=torch.float64, device=deltas_NS.device)
-    place_NRC = torch.empty(rows_NRC.shape, dtype=torch.float64, device=deltas_NS.device)
+    places = torch.arange(row, dtype=torch.float32, device=deltas_NS.device)
+    place_NRC = torch.empty(rows_NRC.shape, dtype=torch.float32, device=deltas_NS.device)
     place_NRC.scatter_(-1, order_NRC, places.expand(rows_NRC.shape))
-    chances = [
-        torch.ones_like(place_RC) if density >= 1 else density + epsilon / 2 - place_RC / (row - 1) * epsilon
-        for place_RC, density in zip(place_NRC, density_N, strict=True)
-    ]
-    return torch.stack(chances).reshape(deltas_NS.shape)
+    chance_NRC: Tensor = highest_N[:, None, None] - place_NRC * step_N[:, None, None]
+    return chance_NRC.clamp(min=LEAST_CHANCE).reshape(deltas_NS.shape)
 
 
 def keep_by_chance(deltas_NS: Tensor, uniform_NS: Tensor, chance_NS: Tensor, *, rescale: bool) -> Tensor:

@@ -19,6 +19,42 @@ def test_chances_by_hand():
     assert found.tolist() == [pytest.approx([0.6, 0.4, 0.5, 0.6, 0.5, 0.4])]
 
 
+def places(deltas_RC):
+    """The place of each magnitude within its row, all compared with all: of equal ones the first is the larger."""
+    one_RCC, other_RCC = deltas_RC.abs()[:, :, None], deltas_RC.abs()[:, None, :]
+    index_C = torch.arange(deltas_RC.shape[1])
+    before_RCC = (other_RCC == one_RCC) & (index_C[None, :] < index_C[:, None])
+    return ((other_RCC > one_RCC) | before_RCC).sum(dim=2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "two decades apart", "coarse", "equal", "an outlier", "tiny"])
+def test_chances_are_linear_in_the_place(kind):
+    deltas_RC = torch.randn(5, 301, generator=torch.Generator().manual_seed(6))
+    if kind == "two decades apart":
+        deltas_RC[:, ::2] *= 100
+    elif kind == "coarse":
+        deltas_RC = deltas_RC.round()
+        deltas_RC[deltas_RC == 0] = 0.5
+    elif kind == "equal":
+        deltas_RC = deltas_RC.sign() * 0.3
+    elif kind == "an outlier":
+        deltas_RC[:, 7] = 1e6
+    elif kind == "tiny":
+        deltas_RC *= 1e-30
+    found_RC = rank_chances(deltas_RC.reshape(1, -1), 301, [0.5], 0.4).reshape(5, 301).double()
+    wanted_RC = 0.7 - 0.4 * places(deltas_RC).double() / 300
+    assert torch.allclose(found_RC, wanted_RC, atol=1e-6, rtol=0)
+    assert torch.allclose(found_RC.sum(dim=1), torch.tensor(0.5 * 301).double(), atol=1e-4, rtol=0)
+
+
+def test_the_smallest_chances_are_those_of_a_draw():
+    """Where density - epsilon / 2 is 0 but for rounding, an element is kept by the smallest draw, not divided by 0."""
+    deltas_NS = torch.tensor([[4.0, 2.0, 1.0]])
+    found_NS = rank_chances(deltas_NS, 3, [0.1], 0.2 - 1e-12)
+    assert found_NS[0, 2] == 2.0**-32
+    assert rank_chances(deltas_NS, 3, [1e-12], 0.0).tolist() == [[2.0**-32] * 3]
+
+
 def test_rows_of_one_element_are_kept():
     """mergekit divides 0 by 0 there."""
     base = {"column": torch.zeros(50, 1), "scalar": torch.tensor(0.0), "one": torch.zeros(1)}
@@ -47,8 +83,7 @@ def test_the_kept_fraction_is_linear_in_the_rank(draws):
 
 def test_what_is_kept_is_divided_by_its_own_chance_and_the_mean_is_the_delta(draws):
     delta, found = draws
-    rank = delta.abs().argsort(dim=1, descending=True).argsort(dim=1)
-    chance = 0.8 - 0.6 * rank.double() / 49
+    chance = 0.8 - 0.6 * places(delta).double() / 49
     kept = found != 0
     assert torch.allclose(found[kept].double(), (delta.double() / chance).expand_as(found)[kept], rtol=1e-6)
     error = found.double().mean(0) - delta.double()
