@@ -554,7 +554,7 @@ def test_ranks_within_rows_of_any_length(shape, dtype, coarse):
     "kind", ["one is large", "few differ", "half are zero", "geometric", "denormal", "zero", "all equal", "huge"]
 )
 def test_ranks_of_magnitudes_that_are_not_spread_over_their_range(kind, row):
-    """Most of a row is in few bins: ranks come from a radix sort then, and are the same."""
+    """Most of a row is in few classes, or in the last one, or in all of them."""
     noise = torch.randn(3, 40, row, generator=torch.Generator().manual_seed(5))
     if kind == "one is large":
         noise[..., 7] = 1e20
@@ -606,7 +606,7 @@ def test_ranks_in_pieces_and_threads():
 
 @pytest.mark.parametrize("row", [40, 80])
 def test_ranks_where_a_difference_is_infinite(row):
-    """Of finite numbers of opposite signs: it is of no bin of equal width, and is ranked as the definition ranks it."""
+    """Of finite numbers of opposite signs: nothing else is in its class, and what is far below is in the last."""
     base_S = torch.full((160,), 3e38)
     client_S = base_S.clone()
     client_S[5] = -3e38

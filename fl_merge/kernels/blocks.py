@@ -28,6 +28,7 @@ for _name in (
     "across.py",
     "draws.py",
     "merging.py",
+    "places.py",
 ):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+RANK_DROPPED_BITS, RANK_CLASSES = 18, 1024
+"""Of `rank_classes`: bits of a float32 that are not looked at, and how many classes there are."""
+
 LEAST_CHANCE = 2.0**-32
 """Of `rank_chances`: the smallest step of a draw."""
 
@@ -125,22 +128,35 @@ def keep_random(deltas_NS: Tensor, uniform_NS: Tensor, density: float | Sequence
 
 
 def rank_line(density: float, epsilon: float, row: int) -> tuple[float, float]:
-    """The probability of the first place of a row, and how much less it is at each further place: float32 values.
+    """The probability of the first place of a row, and how much less it is for each half of a place: float32 values.
 
     1 and 0 in rows of one element, and at density 1.
     """
     if row <= 1 or density >= 1:
         return 1.0, 0.0
-    line = torch.tensor([density + epsilon / 2, epsilon / (row - 1)], dtype=torch.float64).float()
+    line = torch.tensor([density + epsilon / 2, epsilon / (2 * (row - 1))], dtype=torch.float64).float()
     highest, step = line.tolist()
     return max(highest, LEAST_CHANCE), step
+
+
+def rank_classes(deltas_SR: Tensor) -> Tensor:
+    """(S, R) int32: how far each magnitude is below the largest of its row, in 32 steps for each factor of 2.
+
+    Magnitudes of one step agree in the exponent and the first 5 bits behind the point: they are less than 1/32 apart.
+    What is 1023 steps below the largest (about 2^-32 of it) or more is all in the last one.
+    """
+    steps_SR: Tensor = deltas_SR.abs().float().view(torch.int32) >> RANK_DROPPED_BITS
+    classes_SR: Tensor = steps_SR.amax(dim=1, keepdim=True) - steps_SR
+    return classes_SR.clamp(max=RANK_CLASSES - 1)
 
 
 def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilon: float) -> Tensor:
     """The probability with which each element is kept: linear in the rank of its magnitude within its row.
 
-    From density + epsilon / 2 for the largest to density - epsilon / 2 for the smallest, the lower index being the
-    larger of equal ones (DELLA; Deep et al., 2024, arXiv:2406.11617). 1 in rows of one element, and at density 1.
+    From density + epsilon / 2 for the largest to density - epsilon / 2 for the smallest (DELLA; Deep et al., 2024,
+    arXiv:2406.11617). Magnitudes that `rank_classes` has in one class are equal, and equal ones share their mean place:
+    the probabilities of a row add up to density * row whatever is equal there. 1 in rows of one element, and at
+    density 1.
 
     Args:
         deltas_NS: (N, S), whole rows.
@@ -153,13 +169,12 @@ def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilo
     highest_N, step_N = torch.tensor(lines, dtype=torch.float32, device=deltas_NS.device).unbind(1)
     if not step_N.any():
         return highest_N[:, None].expand(deltas_NS.shape)
-    rows_NRC = deltas_NS.abs().reshape(len(deltas_NS), -1, row)
-    order_NRC = rows_NRC.sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(row, dtype=torch.float32, device=deltas_NS.device)
-    place_NRC = torch.empty(rows_NRC.shape, dtype=torch.float32, device=deltas_NS.device)
-    place_NRC.scatter_(-1, order_NRC, places.expand(rows_NRC.shape))
-    chance_NRC: Tensor = highest_N[:, None, None] - place_NRC * step_N[:, None, None]
-    return chance_NRC.clamp(min=LEAST_CHANCE).reshape(deltas_NS.shape)
+    classes_SR = rank_classes(deltas_NS.reshape(-1, row))
+    sorted_SR = classes_SR.sort(dim=1).values
+    before_SR, upto_SR = (torch.searchsorted(sorted_SR, classes_SR, right=right) for right in (False, True))
+    twice_NS = (before_SR + upto_SR - 1).reshape(deltas_NS.shape).float()
+    chance_NS: Tensor = highest_N[:, None] - twice_NS * step_N[:, None]
+    return chance_NS.clamp(min=LEAST_CHANCE)
 
 
 def keep_by_chance(deltas_NS: Tensor, uniform_NS: Tensor, chance_NS: Tensor, *, rescale: bool) -> Tensor:

@@ -13,18 +13,20 @@ DRAWS = 400
 
 
 def test_chances_by_hand():
-    # two rows of three; magnitudes 3 1 2 and 5 5 4 (the first 5 is the larger)
+    # two rows of three; magnitudes 3 1 2 and 5 5 4 (equal ones share their mean place)
     deltas_NS = torch.tensor([[3.0, -1.0, 2.0, -5.0, 5.0, 4.0]])
     found = rank_chances(deltas_NS, 3, [0.5], 0.2)
-    assert found.tolist() == [pytest.approx([0.6, 0.4, 0.5, 0.6, 0.5, 0.4])]
+    assert found.tolist() == [pytest.approx([0.6, 0.4, 0.5, 0.55, 0.55, 0.4])]
 
 
 def places(deltas_RC):
-    """The place of each magnitude within its row, all compared with all: of equal ones the first is the larger."""
-    one_RCC, other_RCC = deltas_RC.abs()[:, :, None], deltas_RC.abs()[:, None, :]
-    index_C = torch.arange(deltas_RC.shape[1])
-    before_RCC = (other_RCC == one_RCC) & (index_C[None, :] < index_C[:, None])
-    return ((other_RCC > one_RCC) | before_RCC).sum(dim=2)
+    """The place of each magnitude within its row, by comparing all with all: those whose exponent and first five bits
+    behind the point agree are equal, and so is all that is 1023 such steps or more below the row's largest."""
+    significand_RC, exponent_RC = torch.frexp(deltas_RC.abs())
+    steps_RC = exponent_RC * 32 + ((2 * significand_RC - 1) * 32).floor()
+    steps_RC = steps_RC.maximum(steps_RC.amax(dim=1, keepdim=True) - 1023)
+    one_RCC, other_RCC = steps_RC[:, :, None], steps_RC[:, None, :]
+    return (other_RCC > one_RCC).sum(dim=2) + ((other_RCC == one_RCC).sum(dim=2) - 1) / 2
 
 
 @pytest.mark.parametrize("kind", ["normal", "two decades apart", "coarse", "equal", "an outlier", "tiny"])
@@ -45,6 +47,14 @@ def test_chances_are_linear_in_the_place(kind):
     wanted_RC = 0.7 - 0.4 * places(deltas_RC).double() / 300
     assert torch.allclose(found_RC, wanted_RC, atol=1e-6, rtol=0)
     assert torch.allclose(found_RC.sum(dim=1), torch.tensor(0.5 * 301).double(), atol=1e-4, rtol=0)
+
+
+def test_chances_are_near_those_of_exact_ranks():
+    """Of normal deltas: within a hundredth of epsilon, half of what the fullest class has of them."""
+    delta_S = torch.randn(20_000, generator=torch.Generator().manual_seed(6))
+    rank_S = delta_S.abs().argsort(descending=True).argsort().double()
+    found_S = rank_chances(delta_S[None], 20_000, [0.5], 0.2)[0].double()
+    assert float((found_S - (0.6 - 0.2 * rank_S / 19_999)).abs().max()) < 0.2 / 100
 
 
 def test_the_smallest_chances_are_those_of_a_draw():

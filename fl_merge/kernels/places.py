@@ -1,0 +1,136 @@
+"""Parts of `ranking` that count, draw, look up and keep.
+
+Counts and look-ups go element by element, the rest in vectors: a core has different units for them, so both are in one
+loop, where neither waits for the other.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fl_merge.kernels import vectors
+from fl_merge.kernels.draws import first_state, next_draws
+from fl_merge.kernels.vectors import (
+    ADDRESS,
+    BITS,
+    FLOAT,
+    FLOATS,
+    INDEX,
+    WIDE,
+    WORD,
+    constant,
+    everywhere,
+    number,
+    place_of,
+    registers,
+    store,
+)
+
+DROPPED_BITS, CLASSES, LEAST_CHANCE = 18, 1024, 2.0**-32
+"""As in `ops.sparsify`, which says what they are."""
+
+LANES = 2
+"""How many counts there are of each class, so that equal neighbours do not wait for each other."""
+
+STRIDE = CLASSES + WIDE
+"""From one count of a class to the next: other lines of the cache."""
+
+_SHORT = ir.IntType(16)
+_ZERO, _ONE = constant(FLOATS, 0.0), constant(FLOATS, 1.0)
+_DRAWS, _MOST = constant(FLOATS, 2.0**32), constant(FLOATS, 2.0**32 - 256)
+
+
+def _class_of(builder, classes, index, more):
+    """The class of one element."""
+    return builder.zext(vectors.load(builder, place_of(builder, classes, index, _SHORT, more), _SHORT), WORD)
+
+
+@intrinsic
+def count_and_draw(context, classes, groups, counts, key, pair, draws):
+    """Count the classes of so many groups of 16 elements, and write as many draws.
+
+    Args:
+        counts: of uint32, LANES counts of each class, STRIDE apart.
+        key, pair: of the draws, and which pair of them is the first.
+    """
+
+    def emit(context, builder, signature, arguments):
+        classes, groups, counts, key, pair, draws = arguments
+        (state_L,) = registers(builder, [first_state(builder, key, pair)])
+        with vectors.clients(builder, groups) as group:
+            begin = builder.mul(group.index, number(WIDE))
+            for lane in range(WIDE):
+                index = builder.add(_class_of(builder, classes, begin, lane), number(lane % LANES * STRIDE))
+                place = builder.inttoptr(place_of(builder, counts, index, INDEX), INDEX.as_pointer())
+                builder.store(builder.add(builder.load(place, align=4), ir.Constant(INDEX, 1)), place, align=4)
+            word = builder.mul(group.index, number(WIDE // 2))
+            store(builder, next_draws(builder, state_L), place_of(builder, draws, word, WORD))
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, ADDRESS, types.uint64, ADDRESS, ADDRESS), emit
+
+
+@intrinsic
+def chances_of_classes(context, counts, size, highest, step, chances):
+    """The chance of each of the first `size` classes, given how many elements are in each; the counts become 0."""
+
+    def emit(context, builder, signature, arguments):
+        counts, size, highest, step, chances = arguments
+        none, least = constant(BITS, 0), constant(FLOATS, LEAST_CHANCE)
+        highest, step = everywhere(builder, highest), everywhere(builder, step)
+        (before,) = registers(builder, [none])
+        with vectors.groups(builder, size, WIDE) as group:
+            begin = builder.mul(group.index, number(WIDE))
+            count = none
+            for lane in range(LANES):
+                place = place_of(builder, counts, begin, INDEX, lane * STRIDE)
+                count = builder.add(count, vectors.load(builder, place, BITS))
+                store(builder, none, place)
+            upto = count
+            for by in (1, 2, 4, 8):
+                moved = ir.Constant(BITS, [WIDE if lane < by else lane - by for lane in range(WIDE)])
+                upto = builder.add(upto, builder.shuffle_vector(upto, none, moved))
+            upto = builder.add(upto, builder.load(before))
+            builder.store(builder.shuffle_vector(upto, none, constant(BITS, WIDE - 1)), before)
+            twice = builder.sub(builder.sub(builder.add(upto, upto), count), constant(BITS, 1))
+            chance = builder.fsub(highest, builder.fmul(builder.uitofp(twice, FLOATS), step))
+            chance = builder.select(builder.fcmp_ordered(">", chance, least), chance, least)
+            store(builder, chance, place_of(builder, chances, begin, FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, types.float32, types.float32, ADDRESS), emit
+
+
+@intrinsic
+def look_up_and_keep(context, classes, chances, groups, words, deltas, own_chance, divisor, kept):
+    """Of so many groups of 16 elements: keep by the chance of each element's class.
+
+    Args:
+        words: of uint32: the draws.
+        own_chance: whether what is kept is divided by its chance; else by the divisor.
+    """
+
+    def emit(context, builder, signature, arguments):
+        classes, chances, groups, words, deltas, own_chance, divisor, kept = arguments
+        ceil = builder.module.declare_intrinsic(f"llvm.ceil.v{WIDE}f32", (), ir.FunctionType(FLOATS, [FLOATS]))
+        divisor = everywhere(builder, divisor)
+        with vectors.clients(builder, groups) as group:
+            begin = builder.mul(group.index, number(WIDE))
+            chance = ir.Constant(FLOATS, ir.Undefined)
+            for lane in range(WIDE):
+                place = place_of(builder, chances, _class_of(builder, classes, begin, lane), FLOAT)
+                chance = builder.insert_element(chance, vectors.load(builder, place, FLOAT), ir.Constant(INDEX, lane))
+            limit = builder.fmul(chance, _DRAWS)
+            limit = builder.call(ceil, [builder.select(builder.fcmp_ordered("<", limit, _MOST), limit, _MOST)])
+            word = vectors.load(builder, place_of(builder, words, begin, INDEX), BITS)
+            below = builder.icmp_unsigned("<", word, builder.fptoui(limit, BITS))
+            below = builder.or_(below, builder.fcmp_ordered(">=", chance, _ONE))
+            delta = vectors.load(builder, place_of(builder, deltas, begin, FLOAT), FLOATS)
+            over = builder.select(own_chance, chance, divisor)
+            found = builder.fdiv(builder.select(below, delta, _ZERO), over)
+            store(builder, found, place_of(builder, kept, begin, FLOAT))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 5, types.boolean, types.float32, ADDRESS), emit
