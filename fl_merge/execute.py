@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -44,6 +45,9 @@ SLICE_ELEMENTS = 8 * BLOCK
 
 PIECE_ELEMENTS = 1 << 21
 """The same for the compiled passes, which go through them in smaller blocks by themselves."""
+
+SWITCH_SECONDS = 0.001
+"""After so long a thread lets another have the interpreter. Python's own 5 ms are as long as many a compiled pass."""
 
 _JOBS = 32
 """A tensor that is less than a thread's share of all elements, over this, is one thread's work from beginning to end:
@@ -221,11 +225,31 @@ def worker_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads in which torch does not start threads of its own: those would wait for each other's cores."""
     torch_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,)) as pool:
+        with _quick_switches(), ThreadPoolExecutor(threads, "merge", torch.set_num_threads, (1,)) as pool:
             torch.set_num_threads(1)  # in this thread too, which prepares while the others work
             yield pool
     finally:
         torch.set_num_threads(torch_threads)
+
+
+_switching = threading.Lock()
+_switched: list[float] = []
+
+
+@contextlib.contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Let threads wait less long for one another: a pass that is done needs the interpreter to begin the next."""
+    with _switching:  # of merges at the same time, the first to begin changes it and the last to end changes it back
+        _switched.append(sys.getswitchinterval())
+        sys.setswitchinterval(min(_switched[0], SWITCH_SECONDS))
+    try:
+        yield
+    finally:
+        with _switching:
+            before = _switched[0]
+            _switched.pop()
+            if not _switched:
+                sys.setswitchinterval(before)
 
 
 class _Run:

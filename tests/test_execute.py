@@ -1,5 +1,6 @@
 """The executor: plans of every shape, what it refuses, and what it leaves behind when something fails."""
 
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fl_merge import Coordinate, Matrix, MergeError, RecipeError, Span, build, kernels, merge, partition
-from fl_merge.execute import execute, merged_specs
+from fl_merge.execute import SWITCH_SECONDS, execute, merged_specs, worker_pool
 from fl_merge.methods import slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import WeightedSum
@@ -563,3 +564,13 @@ def test_large_outputs_are_not_all_prepared_before_any_is_filled():
     many = Cohort(MemorySource(base), (Update("0", 1.0, Copying(base)),))
     execute(weighted_average(), many, MemorySink(), threads=1, slice_elements=16384)
     assert most <= 6
+
+
+def test_threads_wait_as_long_for_one_another_after_a_merge_as_before():
+    before = sys.getswitchinterval()
+    with worker_pool(1):
+        assert sys.getswitchinterval() == SWITCH_SECONDS
+        with worker_pool(2):
+            assert sys.getswitchinterval() == SWITCH_SECONDS
+        assert sys.getswitchinterval() == SWITCH_SECONDS
+    assert sys.getswitchinterval() == before
