@@ -490,7 +490,7 @@ def assert_sorts(values):
     assert found == sorted(values)
 
 
-@pytest.mark.parametrize("clients", [1, 2, 3, 7, 8, 13, 40])
+@pytest.mark.parametrize("clients", [*range(1, 18), 40])
 @pytest.mark.parametrize("method", [median(), bulyan(f=0), trimmed_mean(beta=0.0), magmax()], ids=str)
 def test_any_number_of_clients(method, clients):
     base, updates = models(torch.bfloat16, {"a": (3000,)}, clients, coarse=True)

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.vectors import (
     ADDRESS,
     BITS,
@@ -227,6 +228,87 @@ def keep_where(context, rows, stride, count, mask, size):
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5), emit
+
+
+def sorts_columns(count):
+    """Sort each column of so many rows: the same comparisons for all, with the values in registers."""
+    pairs = sorting_network(count).tolist()
+
+    @intrinsic
+    def sort_columns(context, rows, stride, size):
+        def emit(context, builder, signature, arguments):
+            rows, stride, size = arguments
+            places = [rows]
+            while len(places) < count:
+                places.append(builder.add(places[-1], stride))
+            with groups(builder, size, WIDE) as group:
+                begin = builder.mul(group.index, number(WIDE))
+                at = [place_of(builder, row, begin, FLOAT) for row in places]
+                values = [load(builder, place, FLOATS) for place in at]
+                for one, two in pairs:
+                    smaller, larger = values[one], values[two]
+                    swap = builder.fcmp_ordered("<", larger, smaller)
+                    values[one] = builder.select(swap, larger, smaller)
+                    values[two] = builder.select(swap, smaller, larger)
+                for value, place in zip(values, at, strict=True):
+                    store(builder, value, place)
+            return context.get_dummy_value()
+
+        return types.void(*[ADDRESS] * 3), emit
+
+    return sort_columns
+
+
+@intrinsic
+def mean_around(context, rows, stride, count, kept, middles, size, out):
+    """The mean of the `kept` values of each sorted column that are nearest to the column's middle.
+
+    One value is dropped at a time: the first or, unless the first is farther from the middle, the last. What is left
+    moves to the first rows.
+
+    Args:
+        rows: are overwritten.
+        kept: 1 to `count`.
+    """
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, kept, middles, size, out = arguments
+        parts = range(0, GROUP, WIDE)
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+
+            def place(row, at, begin=begin):
+                return place_of(builder, builder.add(rows, builder.mul(stride, row)), begin, FLOAT, at)
+
+            middle = [load(builder, place_of(builder, middles, begin, FLOAT, at), FLOATS) for at in parts]
+            with clients(builder, builder.sub(count, kept)) as drop:
+                last = builder.sub(builder.sub(count, drop.index), number(1))
+                first = [load(builder, place(number(0), at), FLOATS) for at in parts]
+                farther = [
+                    builder.fcmp_ordered(
+                        ">",
+                        builder.fsub(each, low),
+                        builder.fsub(load(builder, place(last, at), FLOATS), each),
+                    )
+                    for at, each, low in zip(parts, middle, first, strict=True)
+                ]
+                carried = registers(builder, first)
+                with clients(builder, last) as row:
+                    for at, moves, held in zip(parts, farther, carried, strict=True):
+                        following = load(builder, place(builder.add(row.index, number(1)), at), FLOATS)
+                        store(builder, builder.select(moves, following, builder.load(held)), place(row.index, at))
+                        builder.store(following, held)
+            sums = registers(builder, [_ZERO for _ in parts])
+            with clients(builder, kept) as row:
+                for at, total in zip(parts, sums, strict=True):
+                    add_to(builder, total, load(builder, place(row.index, at), FLOATS))
+            divisor = everywhere(builder, builder.uitofp(kept, FLOAT))
+            for at, total in zip(parts, sums, strict=True):
+                mean = builder.fdiv(builder.load(total), divisor)
+                store(builder, mean, place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 7), emit
 
 
 @intrinsic

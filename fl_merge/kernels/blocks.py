@@ -29,6 +29,7 @@ for _name in (
     "draws.py",
     "merging.py",
     "places.py",
+    "networks.py",
 ):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())

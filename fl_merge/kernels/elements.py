@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fl_merge.kernels import across
 from fl_merge.kernels.blocks import BLOCK, compiled_part, compiled_pass, load, load_deltas, store
 
 MEDIAN, TRIMMED_MEAN, AROUND_MEDIAN, LARGEST, UNIFIED, CONSENSUS, DAMPED = 1, 2, 3, 4, 5, 6, 7
@@ -15,9 +16,30 @@ MEDIAN, TRIMMED_MEAN, AROUND_MEDIAN, LARGEST, UNIFIED, CONSENSUS, DAMPED = 1, 2,
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
+def _sorts_up_to(most):
+    """A function that sorts the columns of at most so many rows; of more it says that it does not."""
+    if most < 2:
+        return compiled_part(lambda rows, stride, count, size: count < 2)
+    fewer, sort_columns = _sorts_up_to(most - 1), across.sorts_columns(most)
+
+    @compiled_part
+    def sort(rows, stride, count, size):
+        if count == most:
+            sort_columns(rows, stride, size)
+            return True
+        return fewer(rows, stride, count, size)
+
+    return sort
+
+
+_sort_few = _sorts_up_to(16)
+
+
 @compiled_part
 def _sort(delta_NB, size, pairs_P2):
     """Sort each column by a network of comparisons that is the same for all."""
+    if _sort_few(delta_NB.ctypes.data, 4 * delta_NB.shape[1], delta_NB.shape[0], size):
+        return
     for p in range(pairs_P2.shape[0]):
         one_B, two_B = delta_NB[pairs_P2[p, 0], :size], delta_NB[pairs_P2[p, 1], :size]
         for s in range(size):
@@ -50,20 +72,6 @@ def _mean(sorted_NB, first, count, out_B):
     divisor = np.float32(count)
     for s in range(size):
         out_B[s] = out_B[s] / divisor
-
-
-@compiled_part
-def _mean_around(sorted_NB, count, middle_B, out_B):
-    divisor = np.float32(count)
-    for s in range(out_B.size):
-        first = 0
-        for left in range(sorted_NB.shape[0], count, -1):
-            if middle_B[s] - sorted_NB[first, s] > sorted_NB[first + left - 1, s] - middle_B[s]:
-                first += 1
-        total = _ZERO
-        for n in range(first, first + count):
-            total = np.float32(total + sorted_NB[n, s])
-        out_B[s] = total / divisor
 
 
 @compiled_part
@@ -154,6 +162,7 @@ def combine_elements(
     value_store = np.empty(BLOCK, np.float32)
     other_store = np.empty(BLOCK, np.float32)
     delta_NB = np.empty((clients_N.size, BLOCK), np.float32)
+    rows, middles, values = delta_NB.ctypes.data, other_store.ctypes.data, value_store.ctypes.data
     largest = np.uint32(0)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
@@ -168,7 +177,7 @@ def combine_elements(
                 _mean(delta_NB, (clients_N.size - count) // 2, count, value_B)
             else:
                 _median(delta_NB, other_B)
-                _mean_around(delta_NB, count, other_B, value_B)
+                across.mean_around(rows, 4 * BLOCK, clients_N.size, count, middles, size, values)
         elif kind == CONSENSUS:
             _consensus(delta_NB, factors_N, numbers_K[0], numbers_K[1], numbers_K[2], other_B, value_B)
         elif kind == DAMPED:
