@@ -209,6 +209,83 @@ def variance(context, rows, stride, count, size, out):
     return types.void(*[ADDRESS] * 5), emit
 
 
+def loads_varying(dtype, *, kept):
+    """From models to the variance of their deltas over the clients, as `variance` has it, or to deltas of which only
+    those of elements that vary are kept.
+
+    Args:
+        dtype: of the models.
+        kept: whether the deltas are what comes out.
+
+    Args of what this gives:
+        bases: of float32.
+        models: of addresses of models, in which the elements begin at `start`.
+        limit: the least variance with which an element is kept; not looked at unless `kept`.
+        size: how many elements, a multiple of GROUP.
+        rows: takes the deltas, 0 where they are not kept; else scratch of one group for each client.
+        out: takes the variances, unless `kept`.
+    """
+    read, width = dtype
+
+    @intrinsic
+    def load_varying(context, bases, models, start, count, limit, size, rows, stride, out):
+        def emit(context, builder, signature, arguments):
+            bases, models, start, count, limit, size, rows, stride, out = arguments
+            parts = range(0, GROUP, WIDE)
+            limit = everywhere(builder, limit)
+            divisor = everywhere(builder, builder.uitofp(count, FLOAT))
+            others = builder.sub(count, number(1))
+            with groups(builder, size, GROUP) as group:
+                begin = builder.mul(group.index, number(GROUP))
+                offset = builder.mul(builder.add(start, begin), number(width))
+                base = [load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS) for at in parts]
+
+                def delta(client, at, each, offset=offset):
+                    model = builder.add(load(builder, place_of(builder, models, client, WORD), WORD), offset)
+                    value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
+                    return builder.fsub(value, each)
+
+                def place(client, at, begin=begin):
+                    row = builder.add(rows, builder.mul(stride, client))
+                    return place_of(builder, row, begin if kept else 0, FLOAT, at)
+
+                firsts = [delta(number(0), at, each) for at, each in zip(parts, base, strict=True)]
+                sums = registers(builder, [_ZERO for _ in parts])
+                with clients(builder, others) as client:
+                    other = builder.add(client.index, number(1))
+                    for at, each, first, total in zip(parts, base, firsts, sums, strict=True):
+                        found = delta(other, at, each)
+                        apart = builder.fsub(found, first)
+                        store(builder, found if kept else apart, place(other, at))
+                        add_to(builder, total, apart)
+                means = [builder.fdiv(builder.load(total), divisor) for total in sums]
+                squares = registers(builder, [builder.fmul(mean, mean) for mean in means])
+                with clients(builder, others) as client:
+                    other = builder.add(client.index, number(1))
+                    for at, first, mean, total in zip(parts, firsts, means, squares, strict=True):
+                        found = load(builder, place(other, at), FLOATS)
+                        left = builder.fsub(builder.fsub(found, first) if kept else found, mean)
+                        add_to(builder, total, builder.fmul(left, left))
+                variances = [builder.fdiv(builder.load(total), divisor) for total in squares]
+                if kept:
+                    varies = [builder.fcmp_ordered(">=", found, limit) for found in variances]
+                    for at, keep, first in zip(parts, varies, firsts, strict=True):
+                        store(builder, builder.select(keep, first, _ZERO), place(number(0), at))
+                    with clients(builder, others) as client:
+                        other = builder.add(client.index, number(1))
+                        for at, keep in zip(parts, varies, strict=True):
+                            found = load(builder, place(other, at), FLOATS)
+                            store(builder, builder.select(keep, found, _ZERO), place(other, at))
+                else:
+                    for at, found in zip(parts, variances, strict=True):
+                        store(builder, found, place_of(builder, out, begin, FLOAT, at))
+            return context.get_dummy_value()
+
+        return types.void(*[ADDRESS] * 4, types.float32, *[ADDRESS] * 4), emit
+
+    return load_varying
+
+
 @intrinsic
 def keep_where(context, rows, stride, count, mask, size):
     """0 in every row where the mask is not above 0."""

@@ -30,7 +30,7 @@ from fl_merge.kernels.blocks import (
     uniform_words,
 )
 from fl_merge.kernels.draws import keep_drawn
-from fl_merge.kernels.scoring import keep_varying
+from fl_merge.kernels.scoring import load_varying
 from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
@@ -240,6 +240,9 @@ def prune_combine(
         if prune in (KEEP_LARGEST, KEEP_MIDDLE):
             known = thresholds_N, above_N, last_N
             _load_largest(clients_N, codes_N, begin, base_B, known, limit_N, delta_NB)
+        elif prune == KEEP_VARYING:
+            cut = thresholds_N[0], above_N[0], last_N[0]
+            load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, value_store)
         else:
             load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
         if prune == KEEP_MIDDLE:
@@ -251,8 +254,6 @@ def prune_combine(
                 if divisors_N[n] != _ONE:
                     for s in range(size):
                         delta_NB[n, s] /= divisors_N[n]
-        if prune == KEEP_VARYING:
-            keep_varying(delta_NB, size, thresholds_N[0], above_N[0], last_N[0] + 1 - begin, value_store)
         noted = drawn_M, otherwise_M, draws
         found = merge_rows(delta_NB, base_store, size, how, scratch, out, out_code, begin, noted)
         largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])

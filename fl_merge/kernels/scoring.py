@@ -13,16 +13,22 @@ from fl_merge.kernels.blocks import (
     MAGNITUDE,
     bits_of,
     bits_of_double,
+    by_dtype,
     compiled_part,
     compiled_pass,
     from_bits,
     load,
+    load_delta,
     load_deltas,
+    one_dtype,
     store,
 )
 
 DELTAS, VARIANCE, BALANCE = 0, 1, 2
 """What the rows of scores are: the clients' deltas themselves, one row of variances, a balance for each client."""
+
+STEP = 256
+"""Elements of all clients that passes by variance work on at a time."""
 
 SCRATCH = 3
 """Rows of scratch beside one for each client."""
@@ -43,31 +49,54 @@ _T0, _T1, _T2 = np.float32(135135), np.float32(17325), np.float32(378)
 _U1, _U2, _U3 = np.float32(62370), np.float32(3150), np.float32(28)
 
 
-@compiled_part
-def variances(delta_NB, size, out_B):
-    """`ops.scores.variance` of the first `size` elements.
-
-    Args:
-        delta_NB, out_B: contiguous, with room for a whole last group.
-    """
-    across.variance(delta_NB.ctypes.data, 4 * delta_NB.shape[1], delta_NB.shape[0], size, out_B.ctypes.data)
+_variances, _load_kept = (by_dtype(across.loads_varying, kept=kept) for kept in (False, True))
 
 
 @compiled_part
-def keep_varying(delta_NB, size, threshold, above, before, variance_B):
-    """Keep the deltas of an element whose variance over the clients is above the threshold, or just on it if it is one
-    of the first `before`.
+def _load_variances(clients_N, codes_N, start, base_B, work_NB, out_B):
+    """`ops.scores.variance` of the elements from `start` on.
 
     Args:
-        above: the float32 that follows the threshold.
-        variance_B: scratch, as for `variances`.
+        work_NB: scratch, contiguous, with room for a whole last group; so has `out_B`.
     """
-    variances(delta_NB, size, variance_B)
-    before = min(max(before, 0), size)
-    for s in range(size):
-        variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
-    count, stride = delta_NB.shape[0], 4 * delta_NB.shape[1]
-    across.keep_where(delta_NB.ctypes.data, stride, count, variance_B.ctypes.data, size)
+    size, count, done = base_B.size, clients_N.size, 0
+    rows, out = work_NB.ctypes.data, out_B.ctypes.data
+    if one_dtype(codes_N):
+        done = size - size % across.GROUP
+        bases, models = base_B.ctypes.data, clients_N.ctypes.data
+        _variances(codes_N[0], bases, models, start, count, _ZERO, done, rows, 4 * across.GROUP, out)
+    if done < size:
+        for n in range(count):
+            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], work_NB[n, done:size])
+        across.variance(rows + 4 * done, 4 * work_NB.shape[1], count, size - done, out + 4 * done)
+
+
+@compiled_part
+def load_varying(clients_N, codes_N, start, base_B, cut, delta_NB, variance_B):
+    """Deltas of which those of an element are kept whose variance over the clients is above the cut, or just on it if
+    it is not behind the place `last`; the others are 0.
+
+    Args:
+        cut: threshold, above, last: above is the float32 that follows the threshold.
+        delta_NB: contiguous, with room for a whole last group; so has `variance_B`, which is scratch.
+    """
+    threshold, above, last = cut
+    size, count, done = base_B.size, clients_N.size, 0
+    rows, stride = delta_NB.ctypes.data, 4 * delta_NB.shape[1]
+    before = min(max(last + 1 - start, 0), size)
+    if one_dtype(codes_N) and before in (0, size):
+        done = size - size % across.GROUP
+        bases, models = base_B.ctypes.data, clients_N.ctypes.data
+        limit = threshold if before else above
+        _load_kept(codes_N[0], bases, models, start, count, limit, done, rows, stride, rows)
+    if done < size:
+        for n in range(count):
+            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], delta_NB[n, done:size])
+        masks = variance_B.ctypes.data + 4 * done
+        across.variance(rows + 4 * done, stride, count, size - done, masks)
+        for s in range(done, size):
+            variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
+        across.keep_where(rows + 4 * done, stride, count, masks, size - done)
 
 
 @compiled_part
@@ -122,10 +151,11 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
     load(base, base_code, begin, base_B)
     count = clients_N.size
     delta_NB = score_RB[:count] if kind == DELTAS else work_KB[SCRATCH : SCRATCH + count]
-    load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
     if kind == VARIANCE:
-        variances(delta_NB, size, score_RB[0])
-    elif kind == BALANCE:
+        _load_variances(clients_N, codes_N, begin, base_B, delta_NB, score_RB[0])
+        return
+    load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
+    if kind == BALANCE:
         total_B, number = work_KB[1, :size], np.float32(count)
         _sum(delta_NB, total_B)
         for n in range(count):
@@ -164,9 +194,10 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
         start, stop: from a multiple of 16384 on.
     """
     count = clients_N.size
-    base_store, variance_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    delta_NB, sum_NL = np.zeros((count, BLOCK), np.float32), np.empty((count, LANES), np.float64)
+    base_store, variance_store = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
+    delta_NB, sum_NL = np.zeros((count, STEP), np.float32), np.empty((count, LANES), np.float64)
     rows, sums = delta_NB.ctypes.data, sum_NL.ctypes.data
+    cut = threshold, above, last
     group_NG = np.zeros((count, SUM_BLOCK // GROUP), np.float64)
     for x in range(out_XN.shape[0]):
         first = start + x * SUM_BLOCK
@@ -174,17 +205,16 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
         groups = (end - first + GROUP - 1) // GROUP
         for g in range(groups):
             sum_NL[:] = 0.0
-            for begin in range(first + g * GROUP, min(first + (g + 1) * GROUP, end), BLOCK):
-                size = min(BLOCK, end - begin)
+            for begin in range(first + g * GROUP, min(first + (g + 1) * GROUP, end), STEP):
+                size = min(STEP, end - begin)
                 base_B = base_store[:size]
                 load(base, base_code, begin, base_B)
-                load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
-                keep_varying(delta_NB, size, threshold, above, last + 1 - begin, variance_store)
+                load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, variance_store)
                 end_of_lanes = (size + LANES - 1) // LANES * LANES
                 if end_of_lanes > size:
                     delta_NB[:, size:end_of_lanes] = 0.0
                 for n in range(count):
-                    across.add_squares(rows + 4 * BLOCK * n, size, sums + 8 * LANES * n)
+                    across.add_squares(rows + 4 * STEP * n, size, sums + 8 * LANES * n)
             for n in range(count):
                 sum_L = sum_NL[n]
                 for half in (8, 4, 2, 1):
