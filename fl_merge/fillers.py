@@ -215,9 +215,9 @@ class CompiledBalance(Filler):
         super().__init__(output, dtype)
         self._native = native
         self._scale = balanced.scale
-        self._scales_2N = balanced.scales_2N(joint_K, native.clients)
+        self._scales = balanced.scales(joint_K, native.clients)
         self._cutoffs_N2 = balanced.cutoffs_N2(joint_K, native.clients)
 
     def fill(self, start: int, stop: int, out_S: Tensor) -> None:
-        known = self._scales_2N, self._cutoffs_N2, self._scale
+        known = self._scales, self._cutoffs_N2, self._scale
         self._require(combine_balanced(self._native, *known, start, stop, out_S))

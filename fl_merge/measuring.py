@@ -76,7 +76,7 @@ def _compiled(measure: Measure, known_K: Tensor, native: Inputs, mapped: Mapped,
     if measure.compiled == "variance":
         rows, wanted = Rows(native, "variance"), [(0, counted)]
         return largest_cutoffs([Part(rows, 0)], wanted, mapped, piece).reshape(-1)
-    rows = Rows(native, "balance", Balanced.scales_2N(known_K, native.clients))
+    rows = Rows(native, "balance", Balanced.scales(known_K, native.clients))
     each = [(client, counted(native.numel)) for client in range(native.clients)]
     return largest_cutoffs([Part(rows, 0)], each, mapped, piece).reshape(-1)
 

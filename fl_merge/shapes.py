@@ -257,10 +257,10 @@ class Balanced:
     scale: float
 
     @staticmethod
-    def scales_2N(joint_K: Tensor, clients: int) -> Tensor:
-        """(2, N) float32: what deltas and their sum are divided by."""
+    def scales(joint_K: Tensor, clients: int) -> tuple[Tensor, bool]:
+        """(2, N) float32: what multiplies deltas and their sum, or divides them if that is True."""
         largest_N, product_N = joint_K[: 2 * clients].reshape(2, clients)
-        return torch.stack(scales(largest_N, product_N, torch.float32))
+        return scales(largest_N, product_N, torch.float32)
 
     @staticmethod
     def cutoffs_N2(joint_K: Tensor, clients: int) -> Tensor:

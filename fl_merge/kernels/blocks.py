@@ -122,6 +122,14 @@ def bits_of_double(context, value):
 
 
 @intrinsic
+def from_double_bits(context, bits):
+    def emit(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.uint64), emit
+
+
+@intrinsic
 def from_bits(context, bits):
     def emit(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())

@@ -53,13 +53,13 @@ class Rows:
     Args:
         inputs: the tensor.
         scores: of `SCORES`: "deltas" and "balance" have a row a client, "variance" has one.
-        scales_2N: for "balance": (2, N), float32, as `ops.scores.scales`.
+        scales: for "balance": (2, N), float32, and whether they divide, as `ops.scores.scales`.
     """
 
-    def __init__(self, inputs: Inputs, scores: str = "deltas", scales_2N: Tensor | None = None) -> None:
+    def __init__(self, inputs: Inputs, scores: str = "deltas", scales: tuple[Tensor, bool] | None = None) -> None:
         self._inputs = inputs
-        self._kind = SCORES[scores]
-        self._numbers_2N = np.ones((2, 0), np.float32) if scales_2N is None else scales_2N.numpy()
+        self._kind = SCORES[scores] if scales is None else _balance(scales)
+        self._numbers_2N = np.ones((2, 0), np.float32) if scales is None else scales[0].numpy()
         self._rows_R = np.arange(1 if scores == "variance" else inputs.clients)
 
     @property
@@ -156,6 +156,11 @@ class Rows:
         return int(self._kernels.nth_equal(*one._scored, one._rows_R[0], start, stop, np.uint32(wanted), nth))
 
 
+def _balance(scales: tuple[Tensor, bool]) -> int:
+    """By which number `compiled` knows balances whose numbers divide, or do not."""
+    return SCORES["balance"] + int(scales[1])
+
+
 def largest_of_products(inputs: Inputs, start: int, stop: int) -> Tensor:
     """(2 N,) float64: the largest magnitudes of each client's deltas, and of their products with the sum of all."""
     largest_N, product_N = np.zeros(inputs.clients, np.uint32), np.zeros(inputs.clients, np.uint64)
@@ -177,12 +182,18 @@ def kept_squares(inputs: Inputs, varying_2: Tensor, start: int, stop: int) -> Te
 
 
 def combine_balanced(
-    inputs: Inputs, scales_2N: Tensor, cutoffs_N2: Tensor, scale: float, start: int, stop: int, out_S: Tensor
+    inputs: Inputs,
+    scales: tuple[Tensor, bool],
+    cutoffs_N2: Tensor,
+    scale: float,
+    start: int,
+    stop: int,
+    out_S: Tensor,
 ) -> int:
     """Write base + scale * the mean of the deltas weighed by their balance, where that is above its client's cut.
 
     Args:
-        scales_2N: as for `Rows`.
+        scales: as for `Rows`.
         cutoffs_N2: (N, 2), float64: the cuts.
         out_S: as long as the piece; float32, bfloat16 or float16.
 
@@ -190,9 +201,9 @@ def combine_balanced(
         The bits of the largest float32 magnitude in it.
     """
     out, code = output(out_S, start, stop)
-    numbers_2N, scaled = scales_2N.numpy(), np.float32(np.clip(scale, -LARGEST, LARGEST))
-    cuts = cut(cutoffs_N2, inputs.clients)
-    return int(inputs.kernels.combine_balanced(*inputs.addresses, numbers_2N, *cuts, scaled, start, stop, out, code))
+    known = _balance(scales), scales[0].numpy(), *cut(cutoffs_N2, inputs.clients)
+    scaled = np.float32(np.clip(scale, -LARGEST, LARGEST))
+    return int(inputs.kernels.combine_balanced(*inputs.addresses, *known, scaled, start, stop, out, code))
 
 
 def warm_up(kernels: ModuleType) -> None:
@@ -218,6 +229,6 @@ def warm_up(kernels: ModuleType) -> None:
     rows.find_cut(few_M, 1, few_X)
     kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
     largest_of_products(inputs, 0, 4)
-    combine_balanced(inputs, torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
+    combine_balanced(inputs, (torch.ones(2, 2), False), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)
     largest_magnitude(kernels, base_S, 0, 4)
     kernels.uniform(np.uint64(1), 0, np.empty(4))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fl_merge.kernels import across
+from fl_merge.kernels import across, balances
 from fl_merge.kernels.blocks import (
     BLOCK,
     MAGNITUDE,
@@ -17,15 +17,18 @@ from fl_merge.kernels.blocks import (
     compiled_part,
     compiled_pass,
     from_bits,
+    from_double_bits,
     load,
     load_delta,
     load_deltas,
     one_dtype,
     store,
 )
+from fl_merge.kernels.series import EXP2, LEAST, LOG2_E, LOWEST, ROUNDING, TANH
 
-DELTAS, VARIANCE, BALANCE = 0, 1, 2
-"""What the rows of scores are: the clients' deltas themselves, one row of variances, a balance for each client."""
+DELTAS, VARIANCE, BALANCE, DIVIDED = 0, 1, 2, 3
+"""What the rows of scores are: the clients' deltas themselves, one row of variances, a balance for each client; the
+last again where its numbers divide."""
 
 STEP = 256
 """Elements of all clients that passes by variance work on at a time."""
@@ -37,18 +40,12 @@ LANES, GROUP, SUM_BLOCK = 16, 1024, 16384
 """As `ops.gram` has them."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_ROUNDING, _LOWEST, _LEAST = np.float32(ROUNDING), np.float32(LOWEST), np.float32(LEAST)
+_P0, _P1, _P2, _P3, _P4, _P5 = (np.float32(term) for term in EXP2)
+_T0, _T1, _T2, _T3, _T4, _T5 = (np.float32(term) for term in TANH)
 
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_ROUNDING, _LOWEST = np.float32(12582912.0), np.float32(-120.0)
-_BIASED = np.uint32(0x4B400000 - 2 * 127)
-"""The bits of `_ROUNDING`, less the exponents of two numbers between 1 and 2."""
-
-_E1, _E2, _E3 = np.float32(1 / 5040), np.float32(1 / 720), np.float32(1 / 120)
-_E4, _E5, _E6 = np.float32(1 / 24), np.float32(1 / 6), np.float32(1 / 2)
-_T0, _T1, _T2 = np.float32(135135), np.float32(17325), np.float32(378)
-_U1, _U2, _U3 = np.float32(62370), np.float32(3150), np.float32(28)
-
-
+_find_balances, _add_balanced = by_dtype(balances.finds_balances), by_dtype(balances.adds_balanced)
+_find_largest = by_dtype(balances.finds_largest)
 _variances, _load_kept = (by_dtype(across.loads_varying, kept=kept) for kept in (False, True))
 
 
@@ -110,33 +107,52 @@ def _sum(delta_NB, total_B):
 
 
 @compiled_part
-def _balance(delta_B, total_B, largest, typical, count, out_B):
+def _balance(delta_B, total_B, of_size, of_total, divide, decay, out_B):
     """`ops.scores.balance` of one client."""
     for s in range(out_B.size):
-        size = delta_B[s] / largest
-        agreement = size * (total_B[s] / typical)
-        agreement = _ZERO if agreement <= _ZERO else agreement
-        inner = (size * size - _ONE) * count
-        inner = _LOWEST if inner < _LOWEST else inner
-        moved = inner * _LOG2_E + _ROUNDING
-        whole = moved - _ROUNDING
-        rest = (inner - whole * _LN2_HIGH) - whole * _LN2_LOW
-        power = rest * _E1 + _E2
-        power = power * rest + _E3
-        power = power * rest + _E4
-        power = power * rest + _E5
-        power = power * rest + _E6
-        power = power * rest + _ONE
-        power = power * rest + _ONE
-        # The exponents of two powers of 2, which need not be normal numbers together: that of `whole` is in its bits.
-        exponents = np.uint32(bits_of(moved) - _BIASED)
-        half = np.uint32(exponents >> np.uint32(1))
-        power = power * from_bits(np.uint32(half << np.uint32(23)))
-        power = power * from_bits(np.uint32(np.uint32(exponents - half) << np.uint32(23)))
+        size = delta_B[s] / of_size if divide else delta_B[s] * of_size
+        agreement = size * (total_B[s] / of_total if divide else total_B[s] * of_total)
+        agreement = agreement if agreement > _ZERO else _ZERO
+        exponent = size * size - decay
+        exponent = _LOWEST if exponent < _LOWEST else exponent
+        moved = exponent + _ROUNDING
+        rest = exponent - (moved - _ROUNDING)
+        power = rest * _P5 + _P4
+        power = power * rest + _P3
+        power = power * rest + _P2
+        power = power * rest + _P1
+        power = power * rest + _P0
+        # The last bits of what was moved are the whole part, and the lift.
+        power = from_bits(np.uint32(bits_of(power) + np.uint32(bits_of(moved) << np.uint32(23))))
         square = agreement * agreement
-        above = ((square + _T2) * square + _T1) * square + _T0
-        below = ((square * _U3 + _U2) * square + _U1) * square + _T0
-        out_B[s] = power * (agreement * above / below)
+        curve = square * _T5 + _T4
+        curve = curve * square + _T3
+        curve = curve * square + _T2
+        curve = curve * square + _T1
+        curve = curve * square + _T0
+        out_B[s] = power * (agreement * curve)
+
+
+@compiled_part
+def _in_registers(codes_N, size, kind, decay):
+    """How many of a block's elements `balances` can go through."""
+    return size - size % across.GROUP if kind == BALANCE and decay <= -_LOWEST and one_dtype(codes_N) else 0
+
+
+@compiled_part
+def _load_balances(clients_N, codes_N, start, base_B, kind, numbers_2N, first, work_KB, score_NB):
+    """The balances of the elements of a block from the one at `first` on; `start` is where the block is."""
+    size, count = base_B.size, clients_N.size
+    if first == size:
+        return
+    delta_NB, total_B = work_KB[SCRATCH : SCRATCH + count], work_KB[1, :size]
+    for n in range(count):
+        load_delta(clients_N[n], codes_N[n], start + first, base_B[first:], delta_NB[n, first:size])
+    _sum(delta_NB[:, first:], total_B[first:])
+    decay = np.float32(count * LOG2_E)
+    for n in range(count):
+        numbers = numbers_2N[0, n], numbers_2N[1, n], kind == DIVIDED, decay
+        _balance(delta_NB[n, first:size], total_B[first:], *numbers, score_NB[n, first:size])
 
 
 @compiled_part
@@ -144,45 +160,72 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
     """The scores of `size` elements from `begin` on.
 
     Args:
-        numbers_2N: for BALANCE: of each client, as `ops.scores.scales`.
+        numbers_2N: for BALANCE and DIVIDED: of each client, as `ops.scores.scales`.
         work_KB: SCRATCH rows of scratch, and then one for each client, which takes its deltas (but with DELTAS).
     """
     base_B = work_KB[0, :size]
     load(base, base_code, begin, base_B)
     count = clients_N.size
     delta_NB = score_RB[:count] if kind == DELTAS else work_KB[SCRATCH : SCRATCH + count]
-    if kind == VARIANCE:
+    if kind == DELTAS:
+        load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
+    elif kind == VARIANCE:
         _load_variances(clients_N, codes_N, begin, base_B, delta_NB, score_RB[0])
-        return
-    load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
-    if kind == BALANCE:
-        total_B, number = work_KB[1, :size], np.float32(count)
-        _sum(delta_NB, total_B)
-        for n in range(count):
-            _balance(delta_NB[n, :size], total_B, numbers_2N[0, n], numbers_2N[1, n], number, score_RB[n, :size])
+    else:
+        decay = np.float32(count * LOG2_E)
+        done = _in_registers(codes_N, size, kind, decay)
+        bases, models, numbers = base_B.ctypes.data, clients_N.ctypes.data, numbers_2N.ctypes.data
+        scratch, scores, stride = delta_NB.ctypes.data, score_RB.ctypes.data, 4 * score_RB.shape[1]
+        _find_balances(codes_N[0], bases, models, begin, count, numbers, decay, done, scratch, scores, stride)
+        _load_balances(clients_N, codes_N, begin, base_B, kind, numbers_2N, done, work_KB, score_RB)
+
+
+@compiled_part
+def _largest_of_block(delta_B, total_B):
+    """The bits of the largest magnitude, and of the largest product."""
+    largest, product = np.uint32(0), np.uint64(0)
+    for s in range(delta_B.size):
+        largest = max(largest, np.uint32(bits_of(delta_B[s]) & MAGNITUDE))
+        bits = bits_of_double(np.float64(delta_B[s]) * np.float64(total_B[s]))
+        product = max(product, bits & np.uint64(0x7FFFFFFFFFFFFFFF))
+    return largest, product
 
 
 @compiled_pass
 def largest_of_products(base, base_code, clients_N, codes_N, start, stop, largest_N, product_N):
     """The bits of the largest magnitudes of each client's deltas, in float32, and of their products with the sum of all
-    deltas, in float64."""
+    deltas, in float64.
+
+    A product is worked out in float64 only where it may be a new largest one: in blocks in which its float32 is not
+    below that of the largest one so far.
+    """
     count = clients_N.size
     base_store, total_store = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    delta_NB = np.empty((count, BLOCK), np.float32)
+    delta_NB, found_2NL = np.empty((count, BLOCK), np.float32), np.zeros((2, count, LANES), np.uint32)
+    scratch, found = delta_NB.ctypes.data, found_2NL.ctypes.data
+    known_N = np.zeros(count, np.uint32)
+    alike = one_dtype(codes_N)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, total_B = base_store[:size], total_store[:size]
         load(base, base_code, begin, base_B)
-        load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
-        _sum(delta_NB, total_B)
+        done = size - size % across.GROUP if alike else 0
+        _find_largest(codes_N[0], base_B.ctypes.data, clients_N.ctypes.data, begin, count, done, scratch, found)
+        loaded = False
         for n in range(count):
-            delta_B = delta_NB[n, :size]
-            largest, product = largest_N[n], product_N[n]
-            for s in range(size):
-                largest = max(largest, np.uint32(bits_of(delta_B[s]) & MAGNITUDE))
-                bits = bits_of_double(np.float64(delta_B[s]) * np.float64(total_B[s]))
-                product = max(product, bits & np.uint64(0x7FFFFFFFFFFFFFFF))
-            largest_N[n], product_N[n] = largest, product
+            moved = found_2NL[0, n].max()
+            if done == size and (moved == 0 or found_2NL[1, n].max() < known_N[n]):
+                continue
+            if not loaded:
+                load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
+                _sum(delta_NB, total_B)
+                loaded = True
+            largest, product = _largest_of_block(delta_NB[n, :size], total_B)
+            largest_N[n], product_N[n] = max(largest_N[n], largest, moved), max(product_N[n], product)
+            known_N[n] = bits_of(np.float32(from_double_bits(product_N[n])))
+            found_2NL[1, n] = 0
+    for n in range(count):
+        largest_N[n] = max(largest_N[n], found_2NL[0, n].max())
 
 
 @compiled_pass
@@ -232,40 +275,77 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
             out_XN[x, n] = group_NG[n, 0]
 
 
+@compiled_part
+def _add_kept(clients_N, numbers, cuts, start, first, base_B, work_KB, score_NB):
+    """The sum of the deltas, each times its share in the balances above their cuts, of the elements of a block from the
+    one at `first` on: goes to the third row of scratch."""
+    codes_N, kind, numbers_2N = numbers
+    thresholds_N, above_N, last_N = cuts
+    size = base_B.size
+    _load_balances(clients_N, codes_N, start, base_B, kind, numbers_2N, first, work_KB, score_NB)
+    total_B, value_B = work_KB[1, first:size], work_KB[2, first:size]
+    total_B[:] = _ZERO
+    for n in range(clients_N.size):
+        score_B = score_NB[n, first:size]
+        for s in range(score_B.size):
+            limit = thresholds_N[n] if start + first + s <= last_N[n] else above_N[n]
+            score_B[s] = score_B[s] if score_B[s] >= limit else _ZERO
+            total_B[s] += score_B[s]
+    value_B[:] = -_ZERO
+    for s in range(total_B.size):
+        some, total = total_B[s] >= _LEAST, total_B[s]
+        factor = _ONE / total if some else _ZERO
+        for n in range(clients_N.size):
+            score = score_NB[n, first + s]
+            share = _ONE if some and score == total else score * factor
+            value_B[s] += share * work_KB[SCRATCH + n, first + s]
+
+
 @compiled_pass
 def combine_balanced(
-    base, base_code, clients_N, codes_N, numbers_2N, thresholds_N, above_N, last_N, scale, start, stop, out, out_code
+    base,
+    base_code,
+    clients_N,
+    codes_N,
+    kind,
+    numbers_2N,
+    thresholds_N,
+    above_N,
+    last_N,
+    scale,
+    start,
+    stop,
+    out,
+    out_code,
 ):
     """base + scale * the mean of the deltas, each weighed by its balance where that is above its client's cut.
+
+    Args:
+        kind, numbers_2N: as for `load_scores`.
 
     Returns:
         The bits of the largest float32 magnitude in it.
     """
     count = clients_N.size
     work_KB, score_NB = np.empty((SCRATCH + count, BLOCK), np.float32), np.empty((count, BLOCK), np.float32)
+    limit_N, decay = np.empty(count, np.float32), np.float32(count * LOG2_E)
+    models, numbers, limits = clients_N.ctypes.data, numbers_2N.ctypes.data, limit_N.ctypes.data
+    bases = work_KB.ctypes.data
+    values, scratch = bases + 4 * BLOCK * 2, bases + 4 * BLOCK * SCRATCH
     largest = np.uint32(0)
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
-        load_scores(base, base_code, clients_N, codes_N, BALANCE, numbers_2N, begin, size, work_KB, score_NB)
-        base_B, total_B, value_B = work_KB[0, :size], work_KB[1, :size], work_KB[2, :size]
-        total_B[:] = _ZERO
+        base_B, value_B = work_KB[0, :size], work_KB[2, :size]
+        load(base, base_code, begin, base_B)
+        done = _in_registers(codes_N, size, kind, decay)
         for n in range(count):
-            score_B, threshold, above = score_NB[n, :size], thresholds_N[n], above_N[n]
-            before = min(max(last_N[n] + 1 - begin, 0), size)
-            head_B, tail_B = score_B[:before], score_B[before:]
-            for s in range(head_B.size):
-                head_B[s] = head_B[s] if head_B[s] >= threshold else _ZERO
-            for s in range(tail_B.size):
-                tail_B[s] = tail_B[s] if tail_B[s] >= above else _ZERO
-            for s in range(size):
-                total_B[s] += score_B[s]
-        for s in range(size):
-            total_B[s] = total_B[s] if total_B[s] > _ZERO else _ONE
-        value_B[:] = -_ZERO
-        for n in range(count):
-            score_B, delta_B = score_NB[n, :size], work_KB[SCRATCH + n, :size]
-            for s in range(size):
-                value_B[s] += (score_B[s] / total_B[s]) * delta_B[s]
+            limit_N[n] = thresholds_N[n] if begin <= last_N[n] else above_N[n]
+            if begin <= last_N[n] < begin + size - 1:
+                done = 0
+        _add_balanced(codes_N[0], bases, models, begin, count, numbers, decay, limits, done, scratch, values)
+        if done < size:
+            of_balances, cuts = (codes_N, kind, numbers_2N), (thresholds_N, above_N, last_N)
+            _add_kept(clients_N, of_balances, cuts, begin, done, base_B, work_KB, score_NB)
         for s in range(size):
             value_B[s] = base_B[s] + value_B[s] * scale
         largest = max(largest, store(value_B, out, out_code, begin))

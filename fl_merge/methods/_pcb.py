@@ -4,7 +4,7 @@ from torch import Tensor
 from fl_merge.hyperparameters import Density, Scale
 from fl_merge.method import merge_method
 from fl_merge.ops.combine import weighted_sum
-from fl_merge.ops.scores import balance, products
+from fl_merge.ops.scores import balance, products, shares
 from fl_merge.ops.sparsify import keep_count, trim_to_largest
 from fl_merge.shapes import Balanced, Coordinate, Cuts, Maxima, Slice
 
@@ -39,10 +39,7 @@ def pcb(*, density: Density = 0.2, scale: Scale = 1.0) -> Coordinate:
     def combine(deltas_NS: Tensor, weights_N: Tensor, at: Slice) -> Tensor:
         cuts_N2 = Balanced.cutoffs_N2(at.joint_K, len(deltas_NS))
         kept_NS = trim_to_largest(scores(deltas_NS, weights_N, at), at.start, cuts_N2)
-        ones_N = torch.ones_like(weights_N)
-        total_S = weighted_sum(kept_NS, ones_N)
-        shares_NS = kept_NS / torch.where(total_S > 0, total_S, 1.0)
-        return scale * weighted_sum(shares_NS * deltas_NS, ones_N)
+        return scale * weighted_sum(shares(kept_NS) * deltas_NS, torch.ones_like(weights_N))
 
     def count(numel: int, positive: int) -> int:
         return keep_count(density, numel)

@@ -7,17 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from fl_merge.kernels.series import EXP2, LEAST, LIFT, LOG2_E, LOWEST, ROUNDING, TANH
 from fl_merge.ops.combine import weighted_sum
 
-_LOWEST = -120.0
-_LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504, 0.693359375, -2.12194440e-4
-"""Of log(2) the first has so few bits that its products with whole numbers are exact."""
-
-_ROUNDING = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
-"""Added and subtracted again, this rounds to whole numbers."""
-
-_TERMS = {torch.float32: 7, torch.float64: 14}
-"""Of the series of exp."""
+_TERMS = tuple(math.log(2) ** power / math.factorial(power) for power in range(15))
+"""Of the series of 2^x in float64."""
 
 
 def variance(deltas_NS: Tensor) -> Tensor:
@@ -44,29 +38,52 @@ def balance(deltas_NS: Tensor, largest_N: Tensor, largest_product_N: Tensor) -> 
     """How much each client's element counts: its size within the client, times its agreement with all clients.
 
     exp(N (a_i^2 - 1)) * tanh(b_i), not below 0, with a_i = |tau_i| / max |tau_i| and b_i = tau_i sum_j tau_j as a part
-    of its largest magnitude (Du et al., 2024, arXiv:2410.02396).
+    of its largest magnitude (Du et al., 2024, arXiv:2410.02396); times a number of the dtype (2^82 for float32, 2^64 for
+    float64), which changes neither their order nor their proportions: so float32 has those of many clients.
 
     Args:
         deltas_NS: (N, S), a floating dtype.
         largest_N, largest_product_N: (N,), float64: over the whole tensor, of |tau_i| and of |tau_i sum_j tau_j|.
     """
-    largest_N, typical_N = scales(largest_N, largest_product_N, deltas_NS.dtype)
-    size_NS = deltas_NS / largest_N.to(deltas_NS.device)[:, None]
-    agreement_NS = size_NS * (_total(deltas_NS) / typical_N.to(deltas_NS.device)[:, None])
-    agreement_NS = torch.where(agreement_NS <= 0, 0.0, agreement_NS)
-    return _exp((size_NS * size_NS - 1.0) * len(deltas_NS)) * _tanh(agreement_NS)
+    count = len(deltas_NS)
+    numbers_2N, divide = scales(largest_N, largest_product_N, deltas_NS.dtype)
+    of_size_N1, of_total_N1 = numbers_2N.to(deltas_NS.device)[:, :, None].unbind()
+    total_S = _total(deltas_NS)
+    size_NS = deltas_NS / of_size_N1 if divide else deltas_NS * of_size_N1
+    agreement_NS = size_NS * (total_S / of_total_N1 if divide else total_S * of_total_N1)
+    agreement_NS = torch.where(agreement_NS > 0, agreement_NS, 0.0)
+    return _lifted_power_of_2(size_NS * size_NS - count * LOG2_E) * _tanh(agreement_NS)
 
 
-def scales(largest_N: Tensor, largest_product_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What deltas and their sum are divided by, so that the product's largest magnitude is 1; 1 in place of 0.
+def scales(largest_N: Tensor, largest_product_N: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """What multiplies deltas, so that the largest is sqrt(N log2(e)), and their sum, so that the largest product of the
+    two is 1; of what is 0 everywhere nothing is wanted.
 
     Args:
         largest_N, largest_product_N: as for `balance`.
-        dtype: of the two that come out, (N,).
+        dtype: of the numbers.
+
+    Returns:
+        (2, N), and False; or, if these are not all normal numbers of the dtype, what divides, and True.
     """
+    root = math.sqrt(len(largest_N) * LOG2_E)
     largest_N = torch.where(largest_N.to(dtype) > 0, largest_N, 1.0)
-    typical_N = (largest_product_N / largest_N).to(dtype)
-    return largest_N.to(dtype), torch.where(typical_N > 0, typical_N, 1.0)
+    typical_N = largest_product_N / largest_N
+    typical_N = torch.where(typical_N.to(dtype) > 0, typical_N, 1.0)
+    divisors_2N = torch.stack([largest_N / root, typical_N * root])
+    factors_2N, normal = 1.0 / divisors_2N, torch.finfo(dtype)
+    if bool(((factors_2N >= normal.tiny) & (factors_2N <= normal.max)).all()):
+        return factors_2N.to(dtype), False
+    return divisors_2N.to(dtype), True
+
+
+def shares(balances_NS: Tensor) -> Tensor:
+    """Each client's part in the sum over all, exactly 1 where it is alone; 0 where the sum is 0 (or below 2^-180 of the
+    largest that a balance may be)."""
+    total_S = weighted_sum(balances_NS, torch.ones(len(balances_NS), dtype=torch.float64))
+    some_S = total_S >= LEAST
+    factor_S = torch.where(some_S, 1.0 / total_S, 0.0)
+    return torch.where(some_S & (balances_NS == total_S), 1.0, balances_NS * factor_S)
 
 
 def products(deltas_NS: Tensor) -> Tensor:
@@ -82,30 +99,31 @@ def _total(deltas_NS: Tensor) -> Tensor:
 # and on the machine.
 
 
-def _exp(values: Tensor) -> Tensor:
-    """exp of numbers up to 0, and exp(-120) of those below -120 (0 in float32): 2^k exp(r), |r| <= log(2) / 2."""
-    values = torch.where(values < _LOWEST, _LOWEST, values)
-    whole = (values * _LOG2_E + _ROUNDING[values.dtype]) - _ROUNDING[values.dtype]
-    rest = (values - whole * _LN2_HIGH) - whole * _LN2_LOW
-    terms = _TERMS[values.dtype]
-    power = rest * (1 / math.factorial(terms)) + 1 / math.factorial(terms - 1)
-    for term in range(terms - 2, -1, -1):
-        power = power * rest + 1 / math.factorial(term)
-    steps = whole.to(torch.int32)
-    half = steps >> 1
-    return power * _power_of_2(half, values.dtype) * _power_of_2(steps - half, values.dtype)
-
-
-def _power_of_2(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^k as the bits of the dtype; k is within its normal range."""
-    if dtype == torch.float64:
-        return (exponents.long() + 1023 << 52).view(dtype)
-    return (exponents + 127 << 23).view(dtype)
+def _lifted_power_of_2(values: Tensor) -> Tensor:
+    """2^(x + 64) of numbers up to 0 and a little more, times a number; those below -188 count as -188."""
+    values = torch.where(values < LOWEST, LOWEST, values)
+    wide = values.dtype == torch.float64
+    rounding = 1.5 * 2.0**52 if wide else ROUNDING - LIFT
+    whole = (values + rounding) - rounding
+    power = _polynomial(values - whole, _TERMS if wide else EXP2)
+    if wide:
+        return (power.view(torch.int64) + (whole.long() + LIFT) * (1 << 52)).view(values.dtype)
+    return (power.view(torch.int32) + (whole.int() + LIFT) * (1 << 23)).view(values.dtype)
 
 
 def _tanh(values: Tensor) -> Tensor:
-    """tanh of numbers from 0 to 1, by Lambert's continued fraction: correct to 1e-10."""
+    """tanh of numbers from 0 to 1, times a number; in float64 by Lambert's continued fraction, correct to 1e-10."""
     square = values * values
-    above = ((square + 378.0) * square + 17325.0) * square + 135135.0
-    below = ((square * 28.0 + 3150.0) * square + 62370.0) * square + 135135.0
-    return values * above / below
+    if values.dtype == torch.float64:
+        above = ((square + 378.0) * square + 17325.0) * square + 135135.0
+        below = ((square * 28.0 + 3150.0) * square + 62370.0) * square + 135135.0
+        return values * above / below
+    return values * _polynomial(square, TANH)
+
+
+def _polynomial(values: Tensor, terms: tuple[float, ...]) -> Tensor:
+    """By Horner's rule, from the highest term on."""
+    found = values * terms[-1] + terms[-2]
+    for term in reversed(terms[:-2]):
+        found = found * values + term
+    return found
