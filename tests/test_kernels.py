@@ -20,7 +20,7 @@ from fl_merge.cutoffs import Part, largest_cutoffs
 from fl_merge.errors import MergeError
 from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.passes import Inputs, largest_magnitude
-from fl_merge.kernels.rows import Rows
+from fl_merge.kernels.rows import Rows, largest_of_products
 from fl_merge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
@@ -44,6 +44,7 @@ from fl_merge.methods import (
 )
 from fl_merge.ops.draws import stream_key, uniform
 from fl_merge.ops.gram import BLOCK, gram_partials
+from fl_merge.ops.scores import products
 from fl_merge.ops.sparsify import keep_by_chance, keep_count, keep_largest, largest_cutoff, rank_chances, rank_line
 
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 1.5, -1.5, 1e30, -1e30]
@@ -149,7 +150,7 @@ def test_every_registered_method_does_at_its_defaults(name):
 
 
 @pytest.mark.parametrize("size", [1, 2, 31, 33, 63, 65, 511, 512, 513, 16_383, 16_384, 16_385, 32_769])
-@pytest.mark.parametrize("method", [ties(density=0.2), dare_ties(density=0.5)], ids=str)
+@pytest.mark.parametrize("method", [ties(density=0.2), dare_ties(density=0.5), sce(density=0.4), pcb()], ids=str)
 def test_odd_sizes(method, size):
     base, updates = models(torch.bfloat16, {"a": (size,)}, 5, coarse=True)
     defined, compiled = both(lambda: merge(method, base, updates, seed=1))
@@ -167,7 +168,11 @@ def test_slices_and_threads_change_no_bit(method):
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("method", [weighted_average(), ties(density=0.3), dare_linear(density=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [weighted_average(), ties(density=0.3), dare_linear(density=0.5), sce(density=0.4), pcb(), median()],
+    ids=str,
+)
 def test_clients_in_other_dtypes_places_and_orders(method):
     """A float16 and a float64 client of a bfloat16 base, a transposed one, an 8-bit one, one at an odd address."""
     base, updates = models(torch.float32, {"a": (300, 70)}, 5)
@@ -496,6 +501,31 @@ def test_any_number_of_clients(method, clients):
     base, updates = models(torch.bfloat16, {"a": (3000,)}, clients, coarse=True)
     defined, compiled = both(lambda: merge(method, base, updates))
     assert defined == compiled
+
+
+@pytest.mark.parametrize("clients", [1, 2, 40, 135])
+@pytest.mark.parametrize("power", [0, -60, -133, 80])
+def test_balances_of_any_number_of_clients_and_any_size(clients, power):
+    """So many clients that powers of 2 are beyond float32, so small deltas that their reciprocals are; both with one
+    client that has not moved and one that is larger than all others."""
+    base, updates = models(torch.float32, {"a": (1500,)}, clients, coarse=True)
+    base["a"].zero_()
+    for update in updates:
+        update["a"] *= 2.0**power
+    updates[-1]["a"].mul_(1000.0 if power else 0.0)
+    defined, compiled = both(lambda: merge(pcb(density=0.4), base, updates))
+    assert defined == compiled
+
+
+def test_products_that_only_float64_has():
+    """Of such tensors no product is passed over by its float32."""
+    for power in (-140, -70, 70, 110):
+        deltas = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)) * 2.0**power
+        module = kernels.load()
+        found_K = largest_of_products(Inputs(module, torch.zeros(5000), list(deltas)), 0, 5000)
+        wanted_N = products(deltas).abs().amax(dim=1)
+        assert torch.equal(found_K, torch.cat([deltas.abs().amax(dim=1).double(), wanted_N]))
+        assert wanted_N.float().isinf().any() or (wanted_N.float() < 1e-38).any()
 
 
 @pytest.mark.parametrize("method", [bulyan(f=1), bulyan(f=2), trimmed_mean(beta=0.2)], ids=str)

@@ -38,8 +38,8 @@ def balance(deltas_NS: Tensor, largest_N: Tensor, largest_product_N: Tensor) -> 
     """How much each client's element counts: its size within the client, times its agreement with all clients.
 
     exp(N (a_i^2 - 1)) * tanh(b_i), not below 0, with a_i = |tau_i| / max |tau_i| and b_i = tau_i sum_j tau_j as a part
-    of its largest magnitude (Du et al., 2024, arXiv:2410.02396); times a number of the dtype (2^82 for float32, 2^64 for
-    float64), which changes neither their order nor their proportions: so float32 has those of many clients.
+    of its largest magnitude (Du et al., 2024, arXiv:2410.02396); times some 2^82 (float64: 2^64), which changes neither
+    their order nor their proportions, and with which float32 has those of many clients.
 
     Args:
         deltas_NS: (N, S), a floating dtype.

@@ -7,7 +7,7 @@ import torch
 
 from fl_merge import merge
 from fl_merge.methods import pcb, sce
-from fl_merge.ops.scores import variance
+from fl_merge.ops.scores import balance, shares, variance
 
 
 def merged(method, *deltas, **options):
@@ -87,3 +87,38 @@ def test_pcb_at_sizes_whose_squares_float32_does_not_have(power):
     found, wanted = (merged(pcb(), *((delta * scale).tolist() for delta in deltas)) for scale in (2.0**power, 1.0))
     assert int((wanted != 0).sum()) > 20
     assert torch.equal(found * 2.0**-power, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.float64, 2e-10)])
+@pytest.mark.parametrize("clients", [1, 8, 60])
+def test_balances_are_those_of_the_formula(dtype, error, clients):
+    """Up to one factor for all; the error of the exponent grows with the clients, as that of any float32 would."""
+    deltas_NS = torch.randn(clients, 20_000, generator=torch.Generator().manual_seed(4)).to(dtype)
+    deltas_NS[:, :100] *= 1e-3
+    wide_NS = deltas_NS.double()
+    product_NS = wide_NS * deltas_NS.sum(dim=0).double()
+    largest_N, product_N = wide_NS.abs().amax(dim=1), product_NS.abs().amax(dim=1)
+    size_NS, agreement_NS = wide_NS / largest_N[:, None], product_NS / product_N[:, None]
+    wanted_NS = torch.exp(clients * (size_NS**2 - 1)) * torch.tanh(agreement_NS).clamp(min=0)
+    found_NS = balance(deltas_NS, largest_N, product_N).double()
+    sure_NS = agreement_NS.abs() > 1e-2  # of sums that all but cancel float32 has fewer digits
+    assert torch.equal(found_NS > 0, wanted_NS > 0) or clients > 1
+    assert ((found_NS > 0) == (wanted_NS > 0))[sure_NS].all()
+    ratio_M = (found_NS / wanted_NS)[sure_NS & (wanted_NS > 0)]
+    assert len(ratio_M) > 1000
+    assert float(ratio_M.max() / ratio_M.min()) - 1 < 2 * error * (1 + clients / 5)
+
+
+def test_shares_by_hand():
+    balances_NS = torch.tensor([[1.0, 3.0, 0.0, 1e-37], [3.0, 0.0, 0.0, 0.0]]) * 2.0**70
+    assert shares(balances_NS).tolist() == [[0.25, 1.0, 0.0, 1.0], [0.75, 0.0, 0.0, 0.0]]
+    assert shares(torch.tensor([[1e-38], [1e-39]])).tolist() == [[0.0], [0.0]]
+
+
+def test_an_element_that_one_client_alone_keeps_is_that_clients():
+    deltas = [torch.randn(5000, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found_S = merged(pcb(density=0.02), *(delta.tolist() for delta in deltas))
+    moved_S = found_S != 0
+    alone_S = sum((found_S == delta).int() for delta in deltas) == 1
+    assert int(moved_S.sum()) > 100
+    assert int((moved_S & alone_S).sum()) > 0.8 * int(moved_S.sum())
