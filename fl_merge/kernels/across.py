@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.vectors import (
     ADDRESS,
+    AHEAD,
     BITS,
     DOUBLE,
     FLOAT,
@@ -29,6 +30,7 @@ from fl_merge.kernels.vectors import (
     constant,
     count_lanes,
     everywhere,
+    fetch,
     groups,
     load,
     number,
@@ -249,10 +251,16 @@ def loads_varying(dtype, *, kept):
                     row = builder.add(rows, builder.mul(stride, client))
                     return place_of(builder, row, begin if kept else 0, FLOAT, at)
 
+                def ahead(client, offset=offset):
+                    model = builder.add(load(builder, place_of(builder, models, client, WORD), WORD), offset)
+                    fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
+
+                ahead(number(0))
                 firsts = [delta(number(0), at, each) for at, each in zip(parts, base, strict=True)]
                 sums = registers(builder, [_ZERO for _ in parts])
                 with clients(builder, others) as client:
                     other = builder.add(client.index, number(1))
+                    ahead(other)
                     for at, each, first, total in zip(parts, base, firsts, sums, strict=True):
                         found = delta(other, at, each)
                         apart = builder.fsub(found, first)

@@ -11,6 +11,7 @@ from numba.extending import intrinsic
 from fl_merge.kernels.series import EXP2, LEAST, ROUNDING, TANH
 from fl_merge.kernels.vectors import (
     ADDRESS,
+    AHEAD,
     BITS,
     FLOAT,
     FLOATS,
@@ -23,6 +24,7 @@ from fl_merge.kernels.vectors import (
     clients,
     constant,
     everywhere,
+    fetch,
     groups,
     load,
     number,
@@ -78,6 +80,7 @@ def _load_group(builder, dtype, bases, models, start, begin, count, scratch):
     totals = registers(builder, [_MINUS_ZERO for _ in _PARTS])
     with clients(builder, count) as client:
         model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
+        fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
         for at, each, total in zip(_PARTS, base, totals, strict=True):
             value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
             delta = builder.fsub(value, each)

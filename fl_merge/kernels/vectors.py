@@ -25,7 +25,7 @@ _SECOND_CACHE = 2
 _LINE = 64
 """Bytes that caches take together."""
 
-_AHEAD = 1024
+AHEAD = 1024
 """So many bytes before they are read, the next ones of each model are asked for: by itself a processor notices too late
 where it goes on in so many places."""
 
@@ -166,7 +166,7 @@ def adds_models(dtype):
                     coefficient = load(builder, place_of(builder, coefficients, client.index, DOUBLE), DOUBLE)
                     coefficient = everywhere(builder, coefficient, lanes)
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
-                    fetch(builder, builder.add(model, number(_AHEAD)), DOUBLES * width)
+                    fetch(builder, builder.add(model, number(AHEAD)), DOUBLES * width)
                     for at, each, sum_L in zip(parts, base, kept, strict=True):
                         value = cast(builder, read(builder, builder.add(model, number(width * at)), lanes), DOUBLE)
                         add_to(builder, sum_L, builder.fmul(builder.fsub(value, each), coefficient))
@@ -208,7 +208,7 @@ def loads_models(dtype, *, deltas=True, trimmed=False, wide=False):
                 offset = builder.mul(builder.add(start, begin), number(width))
                 with clients(builder, count) as client:
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
-                    fetch(builder, builder.add(model, number(_AHEAD)), GROUP * width)
+                    fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
                     row = builder.add(rows, builder.mul(stride, client.index))
                     if trimmed:
                         limit = load(builder, place_of(builder, limits, client.index, FLOAT), FLOAT)
