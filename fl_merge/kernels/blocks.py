@@ -29,7 +29,9 @@ for _name in (
     "draws.py",
     "merging.py",
     "places.py",
+    "balances.py",
     "networks.py",
+    "series.py",
 ):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:
         _parts.update(_file.read())
