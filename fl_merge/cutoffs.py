@@ -35,8 +35,8 @@ _ROOM = 1 << 24
 """How many magnitudes are written down at most, of all clients together: 64 MiB."""
 
 _DEVIATIONS = 4.0
-"""How far around the sample's quantile the cut is looked for, in its standard deviations. With three, one row in 400 is not
-found there, and goes through histograms."""
+"""How far around the sample's quantile the cut is looked for, in its standard deviations. With three, one row in 400 is
+not found there, and goes through histograms."""
 
 Mapped = Callable[..., Iterable[Any]]
 
