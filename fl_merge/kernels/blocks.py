@@ -61,9 +61,6 @@ GROUP = vectors.GROUP
 WIDTHS = (4, 8, 2, 2)
 """Bytes of an element of each."""
 
-DELTA32 = 4
-"""What `load_delta` is to load is a delta already, in float32."""
-
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -178,11 +175,7 @@ def load(address, code, start, out_B):
 def load_delta(address, code, start, base_B, out_B):
     """A client's elements minus the base's, in float32."""
     size = out_B.size
-    if code == DELTA32:
-        given_B = carray(pointer(address + 4 * start), (size,), np.float32)
-        for s in range(size):
-            out_B[s] = given_B[s]
-    elif code == FLOAT32:
+    if code == FLOAT32:
         float_B = carray(pointer(address + 4 * start), (size,), np.float32)
         for s in range(size):
             out_B[s] = float_B[s] - base_B[s]
@@ -202,11 +195,11 @@ def load_delta(address, code, start, base_B, out_B):
 
 @compiled_part
 def one_dtype(codes_N):
-    """Whether all clients have the same dtype, and one of those that `vectors` reads."""
+    """Whether all clients have the same dtype."""
     for code in codes_N:
         if code != codes_N[0]:
             return False
-    return codes_N.size > 0 and codes_N[0] != DELTA32
+    return codes_N.size > 0
 
 
 def by_dtype(make, **how):
@@ -318,6 +311,31 @@ def store(values_B, address, code, start):
         for s in range(size):
             half_B[s] = to_float16(values_B[s])
     return largest
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@compiled_part
+def sum_of_lanes(sum_L):
+    """The sum of 16 numbers, by halves; they are overwritten."""
+    for half in (8, 4, 2, 1):
+        for lane in range(half):
+            sum_L[lane] += sum_L[lane + half]
+    return sum_L[0]
+
+
+@compiled_part
+def sum_by_halves(total_G, groups):
+    """The sum of the first so many numbers, neighbours first; they are overwritten."""
+    left = groups
+    while left > 1:
+        for g in range(left // 2):
+            total_G[g] = total_G[2 * g] + total_G[2 * g + 1]
+        if left % 2:
+            total_G[left // 2] = total_G[left - 1]
+        left = (left + 1) // 2
+    return total_G[0]
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from fl_merge.kernels.blocks import (
     load_wide_deltas,
     load_wide_models,
     one_dtype,
+    sum_by_halves,
+    sum_of_lanes,
 )
 
 LANES, GROUP, BLOCK = 16, 1024, 16384
@@ -136,7 +138,7 @@ def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
             _add_lanes(sums_TPL, padded, totals_NNG[:, :, group])
         for row in range(count):
             for column in range(row, count):
-                total = _by_halves(totals_NNG[row, column], groups)
+                total = sum_by_halves(totals_NNG[row, column], groups)
                 out_XNN[x, row, column] = total
                 out_XNN[x, column, row] = total
 
@@ -163,23 +165,6 @@ def _add_lanes(sums_TPL, padded, out_NN):
             pair = 0
             for r in range(_SIDE):
                 for c in range(r if row == column else 0, _SIDE):
-                    sum_L = sums_TPL[tile, pair]
-                    for half in (8, 4, 2, 1):
-                        for s in range(half):
-                            sum_L[s] += sum_L[s + half]
-                    out_NN[row + r, column + c] = sum_L[0]
+                    out_NN[row + r, column + c] = sum_of_lanes(sums_TPL[tile, pair])
                     pair += 1
             tile += 1
-
-
-@compiled_part
-def _by_halves(total_G, groups):
-    """The sum of the first so many, neighbours first; they are overwritten."""
-    left = groups
-    while left > 1:
-        for g in range(left // 2):
-            total_G[g] = total_G[2 * g] + total_G[2 * g + 1]
-        if left % 2:
-            total_G[left // 2] = total_G[left - 1]
-        left = (left + 1) // 2
-    return total_G[0]

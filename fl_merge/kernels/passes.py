@@ -174,12 +174,10 @@ class Inputs:
         Returns:
             The bits of the largest float32 magnitude where there was no draw, and the election's draws.
         """
-        out, code = output(out_S, start, stop)
         ones_N = [1.0] * self.clients
         prune = 2 if keys_N is not None else (3 if upper_N2 is not None else 1 if cutoffs_N2 is not None else 0)
         if varying_2 is not None:
             prune, cutoffs_N2 = 4, varying_2.expand(self.clients, 2)
-        places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
         found = self._kernels.prune_combine(
             *self.addresses,
             weights_N.float().numpy(),
@@ -191,17 +189,13 @@ class Inputs:
             np.array([math.ceil(density * 2**32) - 1 for density in density_N or ones_N], dtype=np.uint32),
             np.array(factor_N or ones_N, dtype=np.float32),
             np.array(divisor_N or ones_N, dtype=np.float32),
-            _ELECTIONS[election],
-            bool(normalize),
-            np.float32(np.clip(scale, -LARGEST, LARGEST)),
+            *_merging(election, normalize, scale),
             start,
             stop,
-            out,
-            code,
-            places_M,
-            otherwise_M,
+            *output(out_S, start, stop),
+            *(noted := (np.empty(room, np.int64), np.empty(room, np.float32))),
         )
-        return _noted(found, places_M, otherwise_M)
+        return _noted(found, *noted)
 
     def rank_combine(
         self,
@@ -230,9 +224,7 @@ class Inputs:
 
         The other arguments and what comes back are those of `prune_combine`.
         """
-        out, code = output(out_S, start, stop)
         highest_N, steps_N = np.array(lines_N2, dtype=np.float32).T.copy()
-        places_M, otherwise_M = np.empty(room, np.int64), np.empty(room, np.float32)
         found = self._kernels.rank_combine(
             *self.addresses,
             row,
@@ -242,17 +234,13 @@ class Inputs:
             divisor_N is None,
             np.array([1.0] * self.clients if divisor_N is None else divisor_N, dtype=np.float32),
             weights_N.float().numpy(),
-            _ELECTIONS[election],
-            bool(normalize),
-            np.float32(np.clip(scale, -LARGEST, LARGEST)),
+            *_merging(election, normalize, scale),
             start,
             stop,
-            out,
-            code,
-            places_M,
-            otherwise_M,
+            *output(out_S, start, stop),
+            *(noted := (np.empty(room, np.int64), np.empty(room, np.float32))),
         )
-        return _noted(found, places_M, otherwise_M)
+        return _noted(found, *noted)
 
     def combine_elements(
         self,
@@ -301,6 +289,11 @@ class Inputs:
         """Write the inner products of the float32 deltas or weights of each block (of `ops.gram`) to `out_XNN`,
         (blocks, N, N) float64."""
         self._kernels.gram(*self.addresses, on == "deltas", start, stop, out_XNN.numpy())
+
+
+def _merging(election: str | None, normalize: bool, scale: float) -> tuple[int, bool, np.float32]:
+    """How what was kept is merged."""
+    return _ELECTIONS[election], bool(normalize), np.float32(np.clip(scale, -LARGEST, LARGEST))
 
 
 def _noted(found: tuple[Any, ...], places_M: Array, otherwise_M: Array) -> tuple[int, Draws]:

@@ -23,6 +23,8 @@ from fl_merge.kernels.blocks import (
     load_deltas,
     one_dtype,
     store,
+    sum_by_halves,
+    sum_of_lanes,
 )
 from fl_merge.kernels.series import EXP2, LEAST, LOG2_E, LOWEST, ROUNDING, TANH
 
@@ -259,20 +261,9 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
                 for n in range(count):
                     across.add_squares(rows + 4 * STEP * n, size, sums + 8 * LANES * n)
             for n in range(count):
-                sum_L = sum_NL[n]
-                for half in (8, 4, 2, 1):
-                    for lane in range(half):
-                        sum_L[lane] += sum_L[lane + half]
-                group_NG[n, g] = sum_L[0]
+                group_NG[n, g] = sum_of_lanes(sum_NL[n])
         for n in range(count):
-            left = groups
-            while left > 1:
-                for g in range(left // 2):
-                    group_NG[n, g] = group_NG[n, 2 * g] + group_NG[n, 2 * g + 1]
-                if left % 2:
-                    group_NG[n, left // 2] = group_NG[n, left - 1]
-                left = (left + 1) // 2
-            out_XN[x, n] = group_NG[n, 0]
+            out_XN[x, n] = sum_by_halves(group_NG[n], groups)
 
 
 @compiled_part
