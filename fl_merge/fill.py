@@ -247,7 +247,7 @@ class Fillers:
         if versions.native is not None and isinstance(compute.stages, Balanced):
             return CompiledBalance(output, dtype, versions.native, compute.stages, joint_K)
         if versions.native is not None and isinstance(compute.stages, Selected):
-            arguments = {"varying_2": joint_K[:2], "voices_N": torch.ones_like(weights_N)}
+            arguments = {"varying_2": joint_K[:2], "election": "sum"}
             stages, shares_N = Stages(None, "total", True, compute.stages.scale), compute.stages.shares_N(joint_K)
             return CompiledStages(output, dtype, versions.native, stages, shares_N, arguments)
         if versions.native is not None and isinstance(compute.stages, Stages):

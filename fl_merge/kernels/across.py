@@ -5,9 +5,6 @@ As in `vectors`, groups of elements are outside and the clients inside, with wha
 
 from __future__ import annotations
 
-import functools
-
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -20,15 +17,12 @@ from fl_merge.kernels.vectors import (
     FLOAT,
     FLOATS,
     GROUP,
-    INDEX,
-    MAGNITUDES,
     WIDE,
     WORD,
     add_to,
     cast,
     clients,
     constant,
-    count_lanes,
     everywhere,
     fetch,
     groups,
@@ -37,7 +31,6 @@ from fl_merge.kernels.vectors import (
     place_of,
     registers,
     store,
-    store_word,
     vector,
 )
 
@@ -69,111 +62,6 @@ def add_weighted(context, rows, stride, count, weights, bases, scale, size, out)
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5, types.float32, *[ADDRESS] * 2), emit
-
-
-def elects(*, by_number):
-    """Elect the sign of each element: that of the sum of rows[n] * voices[n] or, `by_number`, of the sum of their
-    signs. Then out[s] = bases[s] + scale * the sum of rows[n] * weights[n] over the clients whose delta has that sign;
-    if wanted, the sum over that of their weights, and 0 where that is 0.
-
-    An election is a draw where the sum is 0 and a delta is not: plus wins.
-
-    Args of what this gives:
-        rows, bases: 0 from `size` to the end of the last group.
-        draws: of uint64, takes a word for each group: which elections are draws.
-
-    What this gives returns how many elections plus has won less how many minus has, draws aside; how many draws there
-    are; and the bits of the largest magnitude in `out` where there is none.
-    """
-
-    @intrinsic
-    def elect(context, rows, stride, count, voices, weights, bases, scale, normalize, size, out, draws):
-
-        def emit(context, builder, signature, arguments):
-            rows, stride, count, voices, weights, bases, scale, normalize, size, out, draws = arguments
-            parts = range(0, GROUP, WIDE)
-            scale = everywhere(builder, scale)
-            tally, drawn, largest = registers(builder, [number(0), number(0), _NO_BITS])
-
-            def deltas_of(client, begin):
-                row = builder.add(rows, builder.mul(stride, client))
-                return [load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS) for at in parts]
-
-            def part_of(numbers, client):
-                return everywhere(builder, load(builder, place_of(builder, numbers, client, FLOAT), FLOAT))
-
-            with groups(builder, size, GROUP) as group:
-                begin = builder.mul(group.index, number(GROUP))
-                sums = registers(builder, [_MINUS_ZERO for _ in parts])
-                moves = registers(builder, [_NO_BITS for _ in parts])
-                with clients(builder, count) as client:
-                    voice = part_of(voices, client.index)
-                    for delta, kept, moved in zip(deltas_of(client.index, begin), sums, moves, strict=True):
-                        add_to(builder, kept, _sign_of(builder, delta)[2] if by_number else builder.fmul(delta, voice))
-                        add_to(builder, moved, builder.bitcast(delta, BITS), builder.or_)
-                elected, draws_of_group = [], []
-                for kept, moved in zip(sums, moves, strict=True):
-                    total = builder.load(kept)
-                    up, down, sign = _sign_of(builder, total)
-                    still = builder.fcmp_ordered("==", total, _ZERO)
-                    some = builder.icmp_unsigned("!=", builder.and_(builder.load(moved), MAGNITUDES), _NO_BITS)
-                    draws_of_group.append(builder.and_(still, some))
-                    elected.append(builder.select(draws_of_group[-1], _ONE, sign))
-                    won = builder.sub(count_lanes(builder, up), count_lanes(builder, down))
-                    add_to(builder, tally, won, builder.add)
-                word = _word_of(builder, draws_of_group)
-                store_word(builder, word, place_of(builder, draws, group.index, WORD))
-                add_to(builder, drawn, builder.ctpop(word), builder.add)
-
-                totals = registers(builder, [_MINUS_ZERO for _ in parts])
-                shares = registers(builder, [_ZERO for _ in parts])
-                with clients(builder, count) as client:
-                    weight = part_of(weights, client.index)
-                    for delta, sign, total, share in zip(
-                        deltas_of(client.index, begin), elected, totals, shares, strict=True
-                    ):
-                        # Times a sign, which cannot underflow to 0.
-                        agrees = builder.fcmp_ordered(">", builder.fmul(delta, sign), _ZERO)
-                        add_to(builder, total, builder.select(agrees, builder.fmul(delta, weight), _ZERO))
-                        add_to(builder, share, builder.select(agrees, weight, _ZERO))
-                for at, draw, kept, kept_share in zip(parts, draws_of_group, totals, shares, strict=True):
-                    total, share = builder.load(kept), builder.load(kept_share)
-                    some = builder.fcmp_ordered(">", share, _ZERO)
-                    mean = builder.select(some, builder.fdiv(total, builder.select(some, share, _ONE)), _ZERO)
-                    change = builder.fmul(builder.select(normalize, mean, total), scale)
-                    merged = builder.fadd(load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS), change)
-                    store(builder, merged, place_of(builder, out, begin, FLOAT, at))
-                    magnitude = builder.and_(builder.bitcast(merged, BITS), MAGNITUDES)
-                    magnitude = builder.select(draw, _NO_BITS, magnitude)
-                    larger = builder.icmp_unsigned(">", magnitude, builder.load(largest))
-                    builder.store(builder.select(larger, magnitude, builder.load(largest)), largest)
-            found = builder.load(largest)
-            lanes = [builder.extract_element(found, ir.Constant(INDEX, lane)) for lane in range(WIDE)]
-            most = functools.reduce(
-                lambda one, two: builder.select(builder.icmp_unsigned(">", one, two), one, two), lanes
-            )
-            results = [builder.load(tally), builder.load(drawn), builder.zext(most, WORD)]
-            return context.make_tuple(builder, signature.return_type, results)
-
-        arguments = [*[ADDRESS] * 6, types.float32, types.boolean, *[ADDRESS] * 3]
-        return types.UniTuple(types.int64, 3)(*arguments), emit
-
-    return elect
-
-
-def _sign_of(builder, number):
-    """Lanes above 0, lanes below, and 1, -1 or 0."""
-    up, down = (builder.fcmp_ordered(than, number, _ZERO) for than in "><")
-    return up, down, builder.select(up, _ONE, builder.select(down, _MINUS_ONE, _ZERO))
-
-
-def _word_of(builder, masks):
-    """The lanes of several vectors as the bits of one word, the first lane lowest."""
-    word = number(0)
-    for at, lanes in enumerate(masks):
-        bits = builder.zext(builder.bitcast(lanes, ir.IntType(WIDE)), WORD)
-        word = builder.or_(word, builder.shl(bits, number(WIDE * at)))
-    return word
 
 
 @intrinsic

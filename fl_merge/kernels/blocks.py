@@ -27,6 +27,7 @@ for _name in (
     "vectors.py",
     "across.py",
     "draws.py",
+    "elections.py",
     "merging.py",
     "places.py",
     "balances.py",
@@ -221,7 +222,7 @@ def by_dtype(make, **how):
     return chosen
 
 
-load_all, load_trimmed = by_dtype(vectors.loads_models), by_dtype(vectors.loads_models, trimmed=True)
+load_all = by_dtype(vectors.loads_models)
 compare_models = by_dtype(vectors.compares_models)
 load_wide_models = by_dtype(vectors.loads_models, deltas=False, wide=True)
 load_wide_deltas = by_dtype(vectors.loads_models, wide=True)
@@ -238,7 +239,7 @@ def load_deltas(clients_N, codes_N, start, base_B, out_NB):
     if one_dtype(codes_N):
         done = size - size % GROUP
         bases, models, rows = base_B.ctypes.data, clients_N.ctypes.data, out_NB.ctypes.data
-        load_all(codes_N[0], bases, models, start, count, 0, done, rows, 4 * out_NB.shape[1])
+        load_all(codes_N[0], bases, models, start, count, done, rows, 4 * out_NB.shape[1])
     if done < size:
         for n in range(count):
             load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], out_NB[n, done:size])

@@ -122,9 +122,9 @@ def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
                 if alike:
                     done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
                     if deltas:
-                        load_wide_deltas(codes_N[0], *where, 0, done, chunks, stride)
+                        load_wide_deltas(codes_N[0], *where, done, chunks, stride)
                     else:
-                        load_wide_models(codes_N[0], *where, 0, done, chunks, stride)
+                        load_wide_models(codes_N[0], *where, done, chunks, stride)
                 if done < size:
                     for n in range(count):
                         rest_B = chunk_NB[n, done:size]

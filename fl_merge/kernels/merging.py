@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fl_merge.kernels import across, vectors
+from fl_merge.kernels import elections, vectors
 from fl_merge.kernels.across import add_weighted
 from fl_merge.kernels.blocks import (
-    GROUP,
+    BLOCK,
+    FLOAT32,
     MAGNITUDE,
     add_scaled_delta,
     bits_of,
@@ -20,10 +21,8 @@ from fl_merge.kernels.blocks import (
     compiled_part,
     compiled_pass,
     load,
-    load_delta,
     load_deltas,
     load_double,
-    load_trimmed,
     lowest_bit,
     one_dtype,
     store,
@@ -31,19 +30,22 @@ from fl_merge.kernels.blocks import (
 )
 from fl_merge.kernels.draws import keep_drawn
 from fl_merge.kernels.scoring import load_varying
-from fl_merge.kernels.vectors import DOUBLES
+from fl_merge.kernels.vectors import DOUBLES, PAIR
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
-ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY = 0, 1, 2
+ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY, ELECT_SUM = 0, 1, 2, 3
 
 _BLOCK = 256
 """Elements of all clients whose deltas are at hand together: beside what is read and written they leave room in the
 fastest cache."""
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_LEAST = np.nextafter(_ZERO, _ONE)
 
 _add_models = by_dtype(vectors.adds_models)
-_elect_by_number, _elect_by_total = across.elects(by_number=True), across.elects(by_number=False)
+_sum_kept = by_dtype(elections.sums_kept)
+_elect_by_total, _elect_by_number = (by_dtype(elections.elects_kept, by=how) for how in ("total", "frequency"))
+_elect_by_sum = elections.elects_kept(vectors.FLOAT32, by="sum")  # of rows only
 
 
 @compiled_pass
@@ -81,57 +83,57 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
 
 
 @compiled_part
-def _load_largest(clients_N, codes_N, start, base_B, known, limit_N, delta_NB):
-    """Deltas of which an element is kept that is above its client's threshold, or just on it and not behind the place
-    `last`.
+def merging_scratch(delta_NG):
+    """What `merge_rows` works with beside the rows: for merged values, those of the clients that have a minus and their
+    weights, and which elections are draws; and what stands for a base and for limits where there are none."""
+    count, room = delta_NG.shape
+    rows_N = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
+    limits_N, tops_N = np.full(count, _LEAST, np.float32), np.full(count, np.nan, np.float32)
+    results = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
+    return results, np.empty(room // PAIR, np.uint64), np.zeros(room, np.float32), rows_N, limits_N, tops_N
+
+
+@compiled_part
+def _elected(code, bases, models_N, start, limits, added_B, size, how, scratch, out, out_code, begin, noted):
+    """Merge what is kept of models by elections, and write it.
 
     Args:
-        known: thresholds_N, above_N, last_N: above is the float32 that follows the threshold.
-        limit_N: scratch.
+        bases, models_N, start, limits: as `elections.elects_kept` has them, of models of the dtype `code`.
+        added_B: what the merged deltas are added to, in whole PAIRs.
+        size, how, scratch, out, out_code, begin, noted: as `merge_rows`.
+
+    Returns:
+        What `merge_rows` does.
     """
-    thresholds_N, above_N, last_N = known
-    size, count, done = base_B.size, clients_N.size, 0
-    whole = one_dtype(codes_N)
-    for n in range(count):
-        whole = whole and not start < last_N[n] + 1 < start + size
-        limit_N[n] = thresholds_N[n] if start < last_N[n] + 1 else above_N[n]
-    if whole:
-        done = size - size % GROUP
-        bases, models, limits = base_B.ctypes.data, clients_N.ctypes.data, limit_N.ctypes.data
-        load_trimmed(codes_N[0], bases, models, start, count, limits, done, delta_NB.ctypes.data, 4 * delta_NB.shape[1])
-    if done < size:
-        for n in range(count):
-            delta_B = delta_NB[n, done:size]
-            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], delta_B)
-            for s in range(delta_B.size):
-                limit = thresholds_N[n] if start + done + s <= last_N[n] else above_N[n]
-                delta_B[s] = delta_B[s] if abs(delta_B[s]) >= limit else _ZERO
-
-
-@compiled_part
-def _drop_largest(delta_B, threshold, above, last):
-    """What `_load_largest` would keep is set to 0."""
-    before = min(max(last + 1, 0), delta_B.size)
-    head_B, tail_B = delta_B[:before], delta_B[before:]
-    for s in range(head_B.size):
-        head_B[s] = _ZERO if abs(head_B[s]) >= threshold else head_B[s]
-    for s in range(tail_B.size):
-        tail_B[s] = _ZERO if abs(tail_B[s]) >= above else tail_B[s]
-
-
-@compiled_part
-def _with_minus(delta_NB, weights_N, s, normalize):
-    """What one element's deltas give if minus is elected."""
-    total, share = -_ZERO, _ZERO
-    for n in range(weights_N.size):
-        if delta_NB[n, s] < _ZERO:
-            total = np.float32(total + delta_NB[n, s] * weights_N[n])
-            share = np.float32(share + weights_N[n])
-        else:
-            total = np.float32(total + _ZERO)
-    if normalize:
-        return np.float32(total / share) if share > _ZERO else _ZERO
-    return total
+    weights_N, elect_by, normalize, scale = how
+    (value_B, other_B, share_B), drawn_X = scratch[0], scratch[1]
+    limits_N, tops_N = limits
+    drawn_M, otherwise_M, draws = noted
+    given = models_N.ctypes.data, start, models_N.size, limits_N.ctypes.data, tops_N.ctypes.data
+    votes = weights_N.ctypes.data, added_B.ctypes.data, scale, normalize, size
+    results = value_B.ctypes.data, other_B.ctypes.data, share_B.ctypes.data, drawn_X.ctypes.data
+    if elect_by == ELECT_FREQUENCY:
+        won, here, most = _elect_by_number(code, bases, *given, *votes, *results)
+    elif elect_by == ELECT_SUM:
+        won, here, most = _elect_by_sum(bases, *given, *votes, *results)
+    else:
+        won, here, most = _elect_by_total(code, bases, *given, *votes, *results)
+    store(value_B[:size], out, out_code, begin)
+    largest_drawn = np.uint32(0)
+    for x in range((size + PAIR - 1) // PAIR if here else 0):
+        left = drawn_X[x]
+        while left:
+            s = np.uint64(x * PAIR + lowest_bit(left))
+            left &= left - np.uint64(1)
+            largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
+            if draws < drawn_M.size:
+                drawn_M[draws] = begin + s
+                other, share = other_B[s], share_B[s]
+                if normalize:
+                    other = np.float32(other / share) if share > _ZERO else _ZERO
+                otherwise_M[draws] = added_B[s] + other * scale
+            draws += 1
+    return np.uint32(most), largest_drawn, won, here
 
 
 @compiled_part
@@ -140,42 +142,50 @@ def merge_rows(delta_NG, base_G, size, how, scratch, out, out_code, begin, noted
 
     Args:
         delta_NG, base_G: in whole groups; what is behind `size` becomes 0.
-        how: weights_N, voices_N, elect_by, normalize, scale, as in `prune_combine`.
-        scratch: for the merged values, and a word for each group.
+        how: weights_N, elect_by, normalize, scale, as in `prune_combine`.
+        scratch: of `merging_scratch`, for these deltas.
         noted: drawn_M, otherwise_M, and how many draws there have been.
 
     Returns:
         What `prune_combine` does, of these elements.
     """
-    weights_N, voices_N, elect_by, normalize, scale = how
-    value_G, drawn_G = scratch
-    drawn_M, otherwise_M, draws = noted
-    rows, bases, value, stride = delta_NG.ctypes.data, base_G.ctypes.data, value_G.ctypes.data, 4 * delta_NG.shape[1]
-    weights, voices, drawn = weights_N.ctypes.data, voices_N.ctypes.data, drawn_G.ctypes.data
-    count, value_B = weights_N.size, value_G[:size]
+    weights_N, elect_by, _, scale = how
+    (value_G, _, _), _, zero_G, rows_N, limits_N, tops_N = scratch
     if elect_by == ELECT_NONE:
-        add_weighted(rows, stride, count, weights, bases, scale, size, value)
-        return store(value_B, out, out_code, begin), np.uint32(0), 0, 0
+        rows, stride, weights = delta_NG.ctypes.data, 4 * delta_NG.shape[1], weights_N.ctypes.data
+        add_weighted(rows, stride, weights_N.size, weights, base_G.ctypes.data, scale, size, value_G.ctypes.data)
+        return store(value_G[:size], out, out_code, begin), np.uint32(0), 0, 0
     delta_NG[:, size:] = _ZERO
     base_G[size:] = _ZERO
-    where = voices, weights, bases, scale, normalize, size, value, drawn
-    if elect_by == ELECT_FREQUENCY:
-        won, here, most = _elect_by_number(rows, stride, count, *where)
-    else:
-        won, here, most = _elect_by_total(rows, stride, count, *where)
-    store(value_B, out, out_code, begin)
-    largest_drawn = np.uint32(0)
-    for g in range((size + GROUP - 1) // GROUP if here else 0):
-        left = drawn_G[g]
-        while left:
-            s = np.uint64(g * GROUP + lowest_bit(left))
-            left &= left - np.uint64(1)
-            largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
-            if draws < drawn_M.size:
-                drawn_M[draws] = begin + s
-                otherwise_M[draws] = base_G[s] + _with_minus(delta_NG, weights_N, s, normalize) * scale
-            draws += 1
-    return np.uint32(most), largest_drawn, won, here
+    limits, zeros = (limits_N, tops_N), zero_G.ctypes.data
+    return _elected(FLOAT32, zeros, rows_N, 0, limits, base_G, size, how, scratch, out, out_code, begin, noted)
+
+
+@compiled_part
+def _limits(thresholds_N, above_N, last_N, start, limit_N):
+    """What the magnitude of an element is at least that is kept, of each client, and for how many elements from `start`
+    on that is so of all."""
+    alike = np.int64(2**62)
+    for n in range(limit_N.size):
+        left = last_N[n] + 1 - start
+        limit_N[n] = thresholds_N[n] if left > 0 else above_N[n]
+        if left > 0:
+            alike = min(alike, left)
+    return alike
+
+
+@compiled_part
+def _trim(delta_B, start, thresholds, kept):
+    """Set to 0 what is not kept of a client's deltas, or what is.
+
+    Args:
+        thresholds: kept is what has a magnitude above the threshold, or just on it and is not behind the place `last`:
+            threshold, above, last; above is the float32 that follows the threshold.
+    """
+    threshold, above, last = thresholds
+    for s in range(delta_B.size):
+        limit = threshold if start + s <= last else above
+        delta_B[s] = delta_B[s] if (abs(delta_B[s]) >= limit) == kept else _ZERO
 
 
 @compiled_pass
@@ -185,7 +195,6 @@ def prune_combine(
     clients_N,
     codes_N,
     weights_N,
-    voices_N,
     prune,
     thresholds_N,
     above_N,
@@ -213,7 +222,7 @@ def prune_combine(
     are counted. Here it is plus; what comes out with minus is noted beside it.
 
     Args:
-        weights_N, voices_N: in the sum, and in an election by total.
+        weights_N: in the sum, and in an election by total. An election by sum is for KEEP_VARYING alone.
         thresholds_N, above_N, last_N: for KEEP_LARGEST and KEEP_MIDDLE; `last_N` counts within the tensor. For
             KEEP_VARYING the first ones are of the variance.
         top_thresholds_N, top_above_N, top_last_N: for KEEP_MIDDLE: what is dropped as the largest.
@@ -225,40 +234,60 @@ def prune_combine(
         The bits of the largest float32 magnitude in the result where there was no draw, and where there was one; the
         sum of the elected signs; and how many draws there were, of which as many are noted as there is room for.
     """
-    count = clients_N.size
-    base_store, value_store = np.zeros(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
-    delta_NB, limit_N = np.zeros((count, _BLOCK), np.float32), np.empty(count, np.float32)
-    drawn_G = np.empty(_BLOCK // GROUP, np.uint64)
-    rows, stride = delta_NB.ctypes.data, 4 * _BLOCK
-    how, scratch = (weights_N, voices_N, elect_by, normalize, scale), (value_store, drawn_G)
+    count, by_limits = clients_N.size, prune in (KEEP_LARGEST, KEEP_MIDDLE)
+    native = by_limits and one_dtype(codes_N)
+    block = BLOCK if native else _BLOCK
+    base_store, delta_NB = np.zeros(block, np.float32), np.zeros((count, block), np.float32)
+    rows, stride = delta_NB.ctypes.data, 4 * block
+    how, scratch = (weights_N, elect_by, normalize, scale), merging_scratch(delta_NB)
+    limit_N, top_N = np.empty(count, np.float32), np.full(count, np.nan, np.float32)
+    least = _ZERO if elect_by == ELECT_NONE else _LEAST
     largest, largest_drawn = np.uint32(0), np.uint32(0)
-    tally, draws = 0, 0
-    for begin in range(start, stop, _BLOCK):
-        size = min(_BLOCK, stop - begin)
+    tally, draws, begin = 0, 0, start
+    while begin < stop:
+        size = min(block, stop - begin)
+        noted = drawn_M, otherwise_M, draws
+        alike = np.int64(0)
+        if native:  # up to where a limit changes
+            alike = _limits(thresholds_N, above_N, last_N, begin, limit_N)
+            for n in range(count):
+                limit_N[n] = max(limit_N[n], least) if limit_N[n] == limit_N[n] else limit_N[n]
+            if prune == KEEP_MIDDLE:
+                alike = min(alike, _limits(top_thresholds_N, top_above_N, top_last_N, begin, top_N))
+            alike = min(alike, size) // PAIR * PAIR
+            size = alike if alike else min(size, PAIR)
         base_B = base_store[:size]
         load(base, base_code, begin, base_B)
-        if prune in (KEEP_LARGEST, KEEP_MIDDLE):
-            known = thresholds_N, above_N, last_N
-            _load_largest(clients_N, codes_N, begin, base_B, known, limit_N, delta_NB)
-        elif prune == KEEP_VARYING:
-            cut = thresholds_N[0], above_N[0], last_N[0]
-            load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, value_store)
+        if alike:
+            bases, value_B = base_store.ctypes.data, scratch[0][0][:size]
+            limits, values = (limit_N, top_N), value_B.ctypes.data
+            if elect_by == ELECT_NONE:
+                given = clients_N.ctypes.data, begin, count, limit_N.ctypes.data, top_N.ctypes.data
+                _sum_kept(codes_N[0], bases, *given, weights_N.ctypes.data, bases, scale, size, values)
+                found = store(value_B, out, out_code, begin), np.uint32(0), 0, 0
+            else:
+                where = codes_N[0], bases, clients_N, begin, limits
+                found = _elected(*where, base_store, size, how, scratch, out, out_code, begin, noted)
         else:
-            load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
-        if prune == KEEP_MIDDLE:
-            for n in range(count):
-                _drop_largest(delta_NB[n, :size], top_thresholds_N[n], top_above_N[n], top_last_N[n] - begin)
-        if prune == KEEP_RANDOM:
-            for n in range(count):
+            if prune == KEEP_VARYING:
+                cut = thresholds_N[0], above_N[0], last_N[0]
+                load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, scratch[0][0])
+            else:
+                load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
+            for n in range(count if by_limits else 0):
+                _trim(delta_NB[n, :size], begin, (thresholds_N[n], above_N[n], last_N[n]), True)
+                if prune == KEEP_MIDDLE:
+                    _trim(delta_NB[n, :size], begin, (top_thresholds_N[n], top_above_N[n], top_last_N[n]), False)
+            for n in range(count if prune == KEEP_RANDOM else 0):
                 keep_drawn(rows + stride * n, keys_N[n], begin // 2, limits_N[n], factors_N[n], size)
                 if divisors_N[n] != _ONE:
                     for s in range(size):
                         delta_NB[n, s] /= divisors_N[n]
-        noted = drawn_M, otherwise_M, draws
-        found = merge_rows(delta_NB, base_store, size, how, scratch, out, out_code, begin, noted)
+            found = merge_rows(delta_NB, base_store, size, how, scratch, out, out_code, begin, noted)
         largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
         tally += found[2]
         draws += found[3]
+        begin += size
     return largest, largest_drawn, tally, draws
 
 

@@ -23,7 +23,7 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 LIMITS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000}
 """The bits of the smallest float32 magnitude that is rounded to infinity in a dtype."""
 
-_ELECTIONS = {None: 0, "total": 1, "frequency": 2}
+_ELECTIONS = {None: 0, "total": 1, "frequency": 2, "sum": 3}
 
 KINDS = {
     "median": 1,
@@ -138,7 +138,6 @@ class Inputs:
         self,
         weights_N: Tensor,
         *,
-        voices_N: Tensor | None = None,
         cutoffs_N2: Tensor | None = None,
         upper_N2: Tensor | None = None,
         varying_2: Tensor | None = None,
@@ -158,10 +157,10 @@ class Inputs:
 
         Args:
             weights_N: (N,), float64.
-            voices_N: the same in an election by total; None for `weights_N`.
             cutoffs_N2: (N, 2), float64: keep the largest, as `ops.sparsify.keep_largest`; indexes within the tensor.
             upper_N2: the same of what is dropped as the largest, as `ops.sparsify.trim_to_middle`.
-            varying_2: (2,), float64: keep elements whose variance over the clients is above this cut.
+            varying_2: (2,), float64: keep elements whose variance over the clients is above this cut; for elections by
+                "sum", as by "total" with equal weights.
             keys_N: of the draws of each client: keep by chance, as `ops.sparsify.keep_random`.
             density_N, factor_N, divisor_N: of the latter, for each client; what is kept is multiplied by the factor,
                 and divided by the divisor.
@@ -181,7 +180,6 @@ class Inputs:
         found = self._kernels.prune_combine(
             *self.addresses,
             weights_N.float().numpy(),
-            (weights_N if voices_N is None else voices_N).float().numpy(),
             prune,
             *cut(cutoffs_N2, self.clients),
             *cut(upper_N2, self.clients),

@@ -19,7 +19,7 @@ from fl_merge.kernels.blocks import (
     load_delta,
     uniform_words,
 )
-from fl_merge.kernels.merging import merge_rows
+from fl_merge.kernels.merging import merge_rows, merging_scratch
 from fl_merge.kernels.places import (
     CLASSES,
     DROPPED_BITS,
@@ -169,20 +169,19 @@ def rank_combine(
     count = clients_N.size
     group = row * max(1, RANKED // row)
     room = (group + GROUP - 1) // GROUP * GROUP
-    base_store, delta_S, value_store = (
+    base_store, delta_S, kept_NS = (
         np.zeros(room, np.float32),
         np.empty(group, np.float32),
-        np.empty(room, np.float32),
+        np.zeros((count, room), np.float32),
     )
-    kept_NS, drawn_G = np.zeros((count, room), np.float32), np.empty(room // GROUP, np.uint64)
     count_LK, chance_K = np.zeros((LANES, STRIDE), np.uint32), np.empty(CLASSES, np.float32)
     class_R, chance_S, draws_H = (
         np.empty(row, np.uint16),
         np.empty(group, np.float32),
         np.empty(group // 2 + 1, np.uint64),
     )
-    ranks, merging = (class_R, count_LK, chance_K, chance_S, draws_H), (value_store, drawn_G)
-    how = weights_N, weights_N, elect_by, normalize, scale
+    ranks, merging = (class_R, count_LK, chance_K, chance_S, draws_H), merging_scratch(kept_NS)
+    how = weights_N, elect_by, normalize, scale
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0
     for begin in range(start, stop, group):

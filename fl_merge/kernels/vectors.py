@@ -54,7 +54,7 @@ def constant(kind, value):
 
 
 FLOATS, BITS = vector(FLOAT), vector(INDEX)
-MAGNITUDES, _ZERO = constant(BITS, 0x7FFFFFFF), constant(FLOATS, 0.0)
+MAGNITUDES = constant(BITS, 0x7FFFFFFF)
 
 
 def place_of(builder, address, index, of, more=0):
@@ -63,10 +63,10 @@ def place_of(builder, address, index, of, more=0):
     return builder.add(builder.add(address, builder.mul(index, number(_BYTES[of]))), number(more * _BYTES[of]))
 
 
-def load(builder, address, kind):
-    """A number or a vector, aligned as its elements are."""
+def load(builder, address, kind, align=None):
+    """A number or a vector, aligned as its elements are or as is said."""
     of = kind.element if isinstance(kind, ir.VectorType) else kind
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=_BYTES[of])
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align or _BYTES[of])
 
 
 def store(builder, value, address):
@@ -136,6 +136,56 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (_of(FLOAT), 4), (_of(DOUBLE), 8), (_bfloa
 """Dtypes of models: what reads them, and bytes of an element."""
 
 
+PAIR = 2 * WIDE
+"""Elements that are read as two vectors, in whatever order costs least."""
+
+_IN_ORDER = list(range(WIDE)), list(range(WIDE, PAIR))
+_EVEN_AND_ODD = list(range(0, PAIR, 2)), list(range(1, PAIR, 2))
+
+
+def read_pair(builder, dtype, address):
+    """PAIR elements of a model, in float32: of bfloat16 the even ones, and the odd ones."""
+    read, width = dtype
+    if dtype is not BFLOAT16:
+        places = (builder.add(address, number(width * at)) for at in (0, WIDE))
+        return [cast(builder, read(builder, place, WIDE), FLOAT) for place in places]
+    words = load(builder, address, BITS, align=width)
+    upper = builder.and_(words, constant(BITS, 0xFFFF0000))
+    return [builder.bitcast(bits, FLOATS) for bits in (builder.shl(words, constant(BITS, 16)), upper)]
+
+
+def as_pair(builder, dtype, address):
+    """PAIR numbers of an array of float32, in the order of `read_pair`."""
+    two = [load(builder, address, FLOATS), load(builder, builder.add(address, number(4 * WIDE)), FLOATS)]
+    return [_shuffled(builder, *two, lanes) for lanes in _EVEN_AND_ODD] if dtype is BFLOAT16 else two
+
+
+def store_pair(builder, dtype, values, address):
+    """Write what is in the order of `read_pair` to an array of float32."""
+    for at, lanes in enumerate(_IN_ORDER):
+        if dtype is BFLOAT16:
+            lanes = [WIDE * (lane % 2) + lane // 2 for lane in lanes]
+        store(builder, _shuffled(builder, *values, lanes), builder.add(address, number(4 * WIDE * at)))
+
+
+def bits_of_pair(builder, dtype, masks):
+    """The lanes of two masks, in the order of `read_pair`, as the bits of one word, the first element lowest."""
+    first, second = (builder.zext(builder.bitcast(lanes, ir.IntType(WIDE)), WORD) for lanes in masks)
+    if dtype is not BFLOAT16:
+        return builder.or_(first, builder.shl(second, number(WIDE)))
+
+    def spread(bits):
+        for shift, kept in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+            bits = builder.and_(builder.or_(bits, builder.shl(bits, number(shift))), number(kept))
+        return bits
+
+    return builder.or_(spread(first), builder.shl(spread(second), number(1)))
+
+
+def _shuffled(builder, one, two, lanes):
+    return builder.shuffle_vector(one, two, ir.Constant(vector(INDEX), lanes))
+
+
 def adds_models(dtype):
     """sums[s] = bases[s] * scaling + (models[0][s] - bases[s]) * coefficients[0] + ..., in float64, rounded to float32
     as it is written.
@@ -180,27 +230,25 @@ def adds_models(dtype):
     return add_models
 
 
-def loads_models(dtype, *, deltas=True, trimmed=False, wide=False):
+def loads_models(dtype, *, deltas=True, wide=False):
     """rows[n, s] = models[n][s] - bases[s], in float32.
 
     Args:
         dtype: of the models.
         deltas: if false, the models themselves.
-        trimmed: 0 in place of what has a magnitude below limits[n].
         wide: write float64.
 
     Args of what this gives:
         bases: of float32.
         models: of addresses of models, in which the elements begin at `start`.
-        limits: of float32; not looked at unless `trimmed`.
         size: how many elements, a multiple of GROUP.
     """
     read, width = dtype
 
     @intrinsic
-    def load_models(context, bases, models, start, count, limits, size, rows, stride):
+    def load_models(context, bases, models, start, count, size, rows, stride):
         def emit(context, builder, signature, arguments):
-            bases, models, start, count, limits, size, rows, stride = arguments
+            bases, models, start, count, size, rows, stride = arguments
             parts = range(0, GROUP, WIDE)
             with groups(builder, size, GROUP) as group:
                 begin = builder.mul(group.index, number(GROUP))
@@ -210,22 +258,14 @@ def loads_models(dtype, *, deltas=True, trimmed=False, wide=False):
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
                     fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
                     row = builder.add(rows, builder.mul(stride, client.index))
-                    if trimmed:
-                        limit = load(builder, place_of(builder, limits, client.index, FLOAT), FLOAT)
-                        limit = everywhere(builder, limit)
                     for at, each in zip(parts, base, strict=True):
                         value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
                         value = builder.fsub(value, each) if deltas else value
-                        if trimmed:
-                            magnitude = builder.bitcast(builder.and_(builder.bitcast(value, BITS), MAGNITUDES), FLOATS)
-                            value = builder.select(
-                                builder.fcmp_ordered(">=", magnitude, limit), value, constant(FLOATS, 0.0)
-                            )
                         of = DOUBLE if wide else FLOAT
                         store(builder, cast(builder, value, of), place_of(builder, row, begin, of, at))
             return context.get_dummy_value()
 
-        return types.void(*[ADDRESS] * 8), emit
+        return types.void(*[ADDRESS] * 7), emit
 
     return load_models
 

@@ -46,7 +46,7 @@ def disjoint_mean(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tenso
         (S,), in the dtype of the deltas.
     """
     agrees_NS = _agreement(deltas_NS, weights_N, sign_S)
-    total_S = weighted_sum(torch.where(agrees_NS, deltas_NS, 0.0), weights_N)
+    total_S = _agreed_sum(agrees_NS, deltas_NS, weights_N)
     share_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N)
     if (weights_N < 0).any():
         whole_S = weighted_sum(agrees_NS.to(deltas_NS.dtype), weights_N.abs())
@@ -59,7 +59,12 @@ def disjoint_sum(deltas_NS: Tensor, weights_N: Tensor, sign_S: Tensor) -> Tensor
 
     Args and Returns: as `disjoint_mean`.
     """
-    return weighted_sum(torch.where(_agreement(deltas_NS, weights_N, sign_S), deltas_NS, 0.0), weights_N)
+    return _agreed_sum(_agreement(deltas_NS, weights_N, sign_S), deltas_NS, weights_N)
+
+
+def _agreed_sum(agrees_NS: Tensor, deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
+    """The weighted sum of those that agree; of products that are all too small for the dtype it is 0, and not -0."""
+    return weighted_sum(torch.where(agrees_NS, deltas_NS, 0.0), weights_N) + 0.0
 
 
 def directed(deltas_NS: Tensor, weights_N: Tensor) -> Tensor:
