@@ -93,20 +93,21 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
         rows, zeros = [wanted[at][0] for at in (*left, *unknown)], np.zeros(len(unknown), np.uint32)
         low_R, high_R = (np.concatenate([limit_N[left], zeros]) for limit_N in (low_N, high_N))
         found = list(mapped(functools.partial(_counted, rows, low_R, high_R, room, within), pieces))
+        counted = _joined(found)
         for place, at in enumerate(unknown, start=len(left)):
             of_positive = counts[at]
             assert callable(of_positive)
-            counts[at] = of_positive(sum(counted[place].above for counted in found))
+            counts[at] = of_positive(int(counted.above_R[place]))
+        count_R = np.array([counts[at] for at in left], np.int64)
+        blocks_P = np.cumsum([len(each.starts_X) for each in found])
+        cut_R, place_R = _found(rows[: len(left)], count_R, low_R, high_R, pieces, blocks_P, counted)
         misled = []
-        for place, at in enumerate(left):
-            row, count = wanted[at][0], _known(counts[at])
-            if 0 < count < total:
-                cut = _found(row, int(low_N[at]), count, pieces, [counted[place] for counted in found])
-                if cut is None:
-                    low_N[at] = high_N[at] = _by_histograms(row, count, pieces, mapped)
-                    misled.append(at)
-                else:
-                    cutoffs_N2[at, 0], cutoffs_N2[at, 1] = cut
+        for at, row, count, cut, place in zip(left, rows, count_R.tolist(), cut_R, place_R, strict=False):
+            if place >= 0:
+                cutoffs_N2[at, 0], cutoffs_N2[at, 1] = float(cut), int(place)
+            elif 0 < count < total:
+                low_N[at] = high_N[at] = _by_histograms(row, count, pieces, mapped)
+                misled.append(at)
         left = misled
     for at, stay in enumerate(counts):
         if stay in (0, total):
@@ -114,14 +115,61 @@ def largest_cutoffs(parts: Sequence[Part], wanted: Sequence[tuple[int, Count]], 
     return cutoffs_N2
 
 
-def _known(count: Count) -> int:
-    assert isinstance(count, int)
-    return count
-
-
-def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, within: float, at: _Piece) -> list[Counted]:
-    expected = math.ceil(1.25 * within * (at.stop - at.start))
+def _counted(rows: list[int], low_R: Array, high_R: Array, room: int, within: float, at: _Piece) -> Counted:
+    expected = math.ceil(2 * within * (at.stop - at.start))
     return at.part.rows.some(rows).between(at.start, at.stop, low_R, high_R, room, expected)
+
+
+def _joined(found: Sequence[Counted]) -> Counted:
+    """What was counted of all pieces, in their order."""
+    if len(found) == 1:
+        return found[0]
+    before_PR = np.cumsum([0 * found[0].between_R, *(each.between_R for each in found)], axis=0)
+    complete_R = np.logical_and.reduce([each.complete_R for each in found])
+    used_R = np.sum([each.used_R for each in found], axis=0) * complete_R
+    found_RM = np.empty((len(used_R), int(used_R.max(initial=0))), np.uint32)
+    for row in np.flatnonzero(used_R):
+        np.concatenate([each.found_RM[row, : each.used_R[row]] for each in found], out=found_RM[row, : used_R[row]])
+    return Counted(
+        np.sum([each.above_R for each in found], axis=0),
+        before_PR[-1],
+        used_R,
+        found_RM,
+        np.concatenate([each.starts_X for each in found]),
+        np.concatenate([each.stops_X for each in found]),
+        np.concatenate([each.marks_RX + before_PR[at][:, None] for at, each in enumerate(found)], axis=1),
+        complete_R,
+    )
+
+
+def _found(
+    rows: Sequence[int],
+    counts_R: Array,
+    low_R: Array,
+    high_R: Array,
+    pieces: Sequence[_Piece],
+    blocks_P: Array,
+    counted: Counted,
+) -> tuple[Array, Array]:
+    """The cuts of rows of which all elements have been counted.
+
+    Args:
+        blocks_P: how many blocks there are up to each piece's end.
+
+    Returns:
+        (R,) and (R,): the smallest magnitude that stays, and the place of the last element that has it and stays; -1
+        where the cut is not between the limits.
+    """
+    bits_R, block_R, nth_R = pieces[0].part.rows.find_cuts(counts_R, low_R, high_R, counted)
+    place_R, piece_R = np.full(len(rows), -1, np.int64), np.searchsorted(blocks_P, block_R, side="right")
+    piece_R[block_R < 0] = -1
+    for piece in np.unique(piece_R[block_R >= 0]):
+        here, at = np.flatnonzero(piece_R == piece), pieces[piece]
+        blocks = block_R[here]
+        some = at.part.rows.some([rows[row] for row in here])
+        limits = counted.starts_X[blocks], counted.stops_X[blocks]
+        place_R[here] = at.part.offset + some.nth_equals(*limits, bits_R[here], nth_R[here])
+    return bits_R.view(np.float32), place_R
 
 
 def _guess(
@@ -159,41 +207,6 @@ def _guess(
         within = max(within, (min(lower, size) - upper) / size)
     parts[0].rows.select_two(bits_RM, rows_N, ranks_2N, low_high_2N)
     return *low_high_2N, within
-
-
-def _found(
-    row: int, low: int, count: int, pieces: Sequence[_Piece], counted: Sequence[Counted]
-) -> tuple[float, int] | None:
-    """The cut of one row, if it is between the limits: the smallest magnitude that stays, and the place of the last
-    element that has it and stays.
-
-    Args:
-        low: the lower limit.
-        counted: what was counted of each piece.
-    """
-    above, between = sum(each.above for each in counted), sum(each.between for each in counted)
-    if not all(each.complete for each in counted) or not above < count <= above + between:
-        return None
-    before_P = np.cumsum([0, *(each.between for each in counted)])
-    marks_X = _joined([each.marks_X + before for each, before in zip(counted, before_P, strict=False)])
-    values = [values_M for each in counted for values_M in each.parts]
-    if values:
-        bits, block, nth = pieces[0].part.rows.find_cut(_joined(values), count - above, marks_X)
-    else:  # all that are between are equal
-        block = int(np.searchsorted(marks_X, count - above - 1, side="right")) - 1
-        bits, nth = low, count - above - int(marks_X[block])
-    for at, each in zip(pieces, counted, strict=True):
-        if block < len(each.starts_X):
-            start = int(each.starts_X[block])
-            stop = int(each.starts_X[block + 1]) if block + 1 < len(each.starts_X) else at.stop
-            place = at.part.offset + at.part.rows.nth_equal(row, start, stop, bits, nth)
-            return float(np.uint32(bits).view(np.float32)), place
-        block -= len(each.starts_X)
-    raise AssertionError("fewer elements than were counted")
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mapped) -> int:

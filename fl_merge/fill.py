@@ -348,14 +348,15 @@ class Fillers:
         mapped: Mapped,
     ) -> Tensor:
         """(N, 2) or (N, 4): where each client's delta is cut, as the stages' own survey finds it."""
+        piece = max(self._piece, numel) if mapped is map else self._piece  # what one thread does need not be in pieces
         if isinstance(prune, KeepLargest):
             counts_N = [keep_count(density, numel) for density in density_N]
-            return largest_cutoffs(parts, list(enumerate(counts_N)), mapped, self._piece)
+            return largest_cutoffs(parts, list(enumerate(counts_N)), mapped, piece)
         wanted = []
         for client, density in enumerate(density_N):
             dropped, kept = middle_counts(density, prune.gamma, numel)
             wanted += [(client, dropped), (client, dropped + kept)]
-        return largest_cutoffs(parts, wanted, mapped, self._piece).reshape(len(density_N), 4)
+        return largest_cutoffs(parts, wanted, mapped, piece).reshape(len(density_N), 4)
 
     def measure_models(self, outputs: Iterable[Output], mapped: Mapped) -> None:
         """Surveys and Gram matrices whose scope is the whole model, before any tensor is merged."""

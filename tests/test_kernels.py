@@ -267,7 +267,7 @@ def test_what_is_written_down_of_a_delta_has_a_limit(monkeypatch):
         count = keep_count(0.5, size) - 3
         for cut in largest_cutoffs(parts, [(0, count), (1, count)], map, 65_536):
             assert torch.equal(kept_by(cut, delta_S), kept_by(largest_cutoff(delta_S, count), delta_S))
-        assert sum(part.size for found in kept for each in found for part in each.parts) <= 2 * room
+        assert sum(int(found.used_R.sum()) for found in kept) <= 2 * room
     assert len(kept) > len(range(0, size, 65_536))  # it was gone through again
 
 
@@ -457,9 +457,18 @@ def test_the_value_at_a_rank_is_that_of_sorting(seed, size, kind, where):
     rank = 1 + round(where * (size - 1))
     module = kernels.load()
     assert module is not None
-    value, larger = module.select(values_M.copy(), rank)
-    assert value == np.sort(values_M)[size - rank]
-    assert larger == np.count_nonzero(values_M > value)
+    other = 1 + size // 3
+    found_2N = np.zeros((2, 1), np.uint32)
+    module.select_two(values_M[None], np.zeros(1, np.int64), np.array([[rank], [other]]), found_2N)
+    assert found_2N[:, 0].tolist() == [np.sort(values_M)[size - each] for each in (rank, other)]
+    limits = np.array([values_M.min()]), np.array([values_M.max()])
+    none_R, marks_RX = np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
+    bits_R, block_R, nth_R = np.zeros(1, np.uint32), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    module.find_cuts(
+        np.array([rank]), *limits, values_M[None], none_R, np.array([size]), marks_RX, bits_R, block_R, nth_R
+    )
+    assert bits_R[0] == np.sort(values_M)[size - rank]
+    assert (block_R[0], nth_R[0]) == (0, rank - np.count_nonzero(values_M > bits_R[0]))
 
 
 def test_a_cut_through_tensors_too_short_to_be_sampled():

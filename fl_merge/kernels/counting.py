@@ -22,6 +22,7 @@ from fl_merge.kernels.blocks import (
     load,
     load_delta,
     one_dtype,
+    pair_up,
     pointer,
 )
 from fl_merge.kernels.scoring import DELTAS, SCRATCH, load_scores
@@ -120,6 +121,8 @@ def magnitudes_between(
         else:
             load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
         whole = size - size % GROUP
+        if native:
+            pair_up(codes_N[0], base_B.ctypes.data, whole)
         for r in range(rows_R.size):
             row = rows_R[r]
             marks_RM[r, np.uint64((begin - start) // BLOCK)] = between_R[r]
@@ -164,81 +167,131 @@ def count_magnitudes(
                 counts_K[np.uint32(bits - low) >> shift] += 1
 
 
-@compiled_pass
-def select(value_M, rank):
-    """The value at a rank, 1 for the largest, and how many are larger. What is not needed of `value_M` is overwritten.
+@compiled_part
+def _count_in_bins(value_M, low, high, counts_K):
+    """Count values from `low` to `high` in bins of equal width. Gives the width, as a shift."""
+    shift = np.uint32(0)
+    while (np.uint32(high - low) >> shift) >= _BINS:
+        shift += np.uint32(1)
+    counts_K[:] = 0
+    for m in range(value_M.size):
+        counts_K[np.uint64(np.uint32(value_M[m] - low) >> shift)] += 1
+    return shift
+
+
+@compiled_part
+def _keep_bin(value_M, rank, low, high, shift, counts_K, kept_M):
+    """Write down the values of the bin in which that of a rank is; `kept_M` may be where they are.
+
+    Returns:
+        These; the limits of the bin; and how many values are larger.
+    """
+    chosen, larger = np.uint32(np.uint32(high - low) >> shift), np.int64(0)
+    while larger + counts_K[chosen] < rank:
+        larger += counts_K[chosen]
+        chosen -= np.uint32(1)
+    if shift != 0:
+        used = np.uint64(0)
+        for m in range(value_M.size):
+            value = value_M[m]
+            kept_M[used] = value
+            used += np.uint64((np.uint32(value - low) >> shift) == chosen)
+        value_M = kept_M[: np.int64(used)]
+    first = np.uint32(low + np.uint32(chosen << shift))
+    last = min(high, np.uint32(first + np.uint32((np.uint32(1) << shift) - np.uint32(1))))
+    return value_M, first, last, larger
+
+
+@compiled_part
+def _select(value_M, rank, low, high, counts_K, scratch_M):
+    """The value at a rank, 1 for the largest, of values from `low` to `high`; and how many are larger.
 
     Each turn counts the values in bins of equal width and goes on with those of one bin.
     """
-    counts_K = np.empty(_BINS, np.int64)
-    left, larger = value_M.size, 0
-    while True:
-        low, high = value_M[0], value_M[0]
-        for m in range(left):
-            low, high = min(low, value_M[m]), max(high, value_M[m])
-        if low == high:
-            return low, larger
-        shift = np.uint32(0)
-        while (np.uint32(high - low) >> shift) >= _BINS:
-            shift += np.uint32(1)
-        counts_K[:] = 0
-        for m in range(left):
-            counts_K[np.uint32(value_M[m] - low) >> shift] += 1
-        chosen = np.uint32(np.uint32(high - low) >> shift)
-        while counts_K[chosen] < rank:
-            rank -= counts_K[chosen]
-            larger += counts_K[chosen]
-            chosen -= np.uint32(1)
-        if shift == 0:
-            return np.uint32(low + chosen), larger
-        used = np.uint64(0)
-        for m in range(left):
-            value = value_M[m]
-            value_M[used] = value
-            used += np.uint64((np.uint32(value - low) >> shift) == chosen)
-        left = np.int64(used)
+    larger = np.int64(0)
+    while low != high:
+        shift = _count_in_bins(value_M, low, high, counts_K)
+        value_M, low, high, more = _keep_bin(value_M, rank - larger, low, high, shift, counts_K, scratch_M)
+        larger += more
+    return low, larger
 
 
 @compiled_pass
 def select_two(bits_RM, rows_N, ranks_2N, values_2N):
     """For each of some rows the values at two ranks, 1 for the largest; where a rank is 0, what was there stays."""
-    copy_M = np.empty(bits_RM.shape[1], np.uint32)
+    scratch_M, counts_K, left_K = (
+        np.empty(bits_RM.shape[1] + 1, np.uint32),
+        np.empty(_BINS, np.int64),
+        np.empty(_BINS, np.int64),
+    )
     for n in range(rows_N.size):
+        bits_M = bits_RM[rows_N[n]]
+        low, high = bits_M[0], bits_M[0]
+        for m in range(bits_M.size):
+            low, high = min(low, bits_M[m]), max(high, bits_M[m])
+        shift = _count_in_bins(bits_M, low, high, counts_K)
         for which in range(2):
-            if ranks_2N[which, n]:
-                copy_M[:] = bits_RM[rows_N[n]]
-                values_2N[which, n] = select(copy_M, ranks_2N[which, n])[0]
+            rank = ranks_2N[which, n]
+            if rank:
+                value_M, first, last, larger = _keep_bin(bits_M, rank, low, high, shift, counts_K, scratch_M)
+                values_2N[which, n] = _select(value_M, rank - larger, first, last, left_K, scratch_M)[0]
 
 
-@compiled_pass
-def find_cut(value_M, rank, mark_X):
-    """The value at a rank, how many equal ones stay, and where the last of these is.
-
-    Args:
-        value_M: what is between the limits, in order.
-        mark_X: how many of these were before each block.
-
-    Returns:
-        The value, the block, and which one it is of the equal ones in the block, from 1.
-    """
-    value, larger = select(value_M.copy(), rank)
-    wanted, place = rank - larger, np.int64(-1)
-    for m in range(value_M.size):
-        wanted -= np.int64(value_M[m] == value)
-        if wanted == 0:
-            place = m
+@compiled_part
+def _find_cut(value_M, rank, low, high, mark_X, counts_K, scratch_M):
+    """The value at a rank of what is between the limits, in which block the last of the equal ones is that stay, and
+    which one of those in the block it is, from 1."""
+    value, larger = _select(value_M, rank, low, high, counts_K, scratch_M)
+    wanted, start = rank - larger, 0
+    while True:
+        equal = np.int64(0)
+        for m in range(start, min(start + BLOCK, value_M.size)):
+            equal += np.int64(value_M[m] == value)
+        if equal >= wanted:
             break
+        wanted -= equal
+        start += BLOCK
+    place = start - 1
+    while wanted:
+        place += 1
+        wanted -= np.int64(value_M[place] == value)
     block = np.searchsorted(mark_X, place, side="right") - 1
-    nth = 0
+    nth = np.int64(0)
     for m in range(mark_X[block], place + 1):
         nth += np.int64(value_M[m] == value)
     return value, block, nth
 
 
 @compiled_pass
-def nth_equal(base, base_code, clients_N, codes_N, kind, numbers_2N, row, start, stop, wanted, nth):
+def find_cuts(counts_R, low_R, high_R, found_RM, above_R, between_R, marks_RX, bits_R, block_R, nth_R):
+    """The cuts of rows of which `magnitudes_between` has gone through all elements.
+
+    Args:
+        counts_R: how many of each row stay.
+        low_R, high_R: the limits; where they are equal, what is between has not been written down.
+        bits_R, block_R, nth_R: take the bits of the smallest magnitude that stays; in which block the last element is
+            that has it and stays; and which one of those in the block it is, from 1. Where a cut is not between the
+            limits the block is -1.
+    """
+    scratch_M, counts_K = np.empty(found_RM.shape[1] + 1, np.uint32), np.empty(_BINS, np.int64)
+    for r in range(counts_R.size):
+        rank, block_R[r] = counts_R[r] - above_R[r], -1
+        if not 0 < rank <= between_R[r]:
+            continue
+        if low_R[r] != high_R[r]:
+            found_M, mark_X = found_RM[r, : between_R[r]], marks_RX[r]
+            found = _find_cut(found_M, rank, low_R[r], high_R[r], mark_X, counts_K, scratch_M)
+            bits_R[r], block_R[r], nth_R[r] = found
+        else:
+            block_R[r] = np.searchsorted(marks_RX[r], rank - 1, side="right") - 1
+            bits_R[r], nth_R[r] = low_R[r], rank - marks_RX[r, block_R[r]]
+
+
+@compiled_part
+def _nth_equal(scored, row, start, stop, wanted, nth, scratch):
     """The index of the nth element (from 1) of a row whose magnitude has the wanted bits; -1 if there are fewer."""
-    work_KB, score_NB = _room(clients_N, 1)
+    base, base_code, clients_N, codes_N, kind, numbers_2N = scored
+    work_KB, score_NB = scratch
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
@@ -255,3 +308,14 @@ def nth_equal(base, base_code, clients_N, codes_N, kind, numbers_2N, row, start,
                 if nth == 0:
                     return begin + s
     return -1
+
+
+@compiled_pass
+def nth_equals(
+    base, base_code, clients_N, codes_N, kind, numbers_2N, rows_R, starts_R, stops_R, bits_R, nth_R, places_R
+):
+    """Where the nth element (from 1) of each row is whose magnitude has the wanted bits, from a start to a stop; -1 if
+    there are fewer."""
+    scored, scratch = (base, base_code, clients_N, codes_N, kind, numbers_2N), _room(clients_N, rows_R.size)
+    for r in range(rows_R.size):
+        places_R[r] = _nth_equal(scored, rows_R[r], starts_R[r], stops_R[r], bits_R[r], nth_R[r], scratch)

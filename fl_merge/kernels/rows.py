@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fl_merge.kernels.passes import LARGEST, Array, Inputs, cut, largest_magnitude, output
 
-ROOM = 1 << 16
-"""How many magnitudes of a row `between` writes down at a time."""
+ROOM = 1 << 18
+"""For how many magnitudes of a row `between` takes memory at first."""
 
 BINS = 1 << 14
 """How many bins `count` tells apart."""
@@ -29,22 +29,25 @@ SCORES = {"deltas": 0, "variance": 1, "balance": 2}
 
 @dataclass(frozen=True)
 class Counted:
-    """How a row's magnitudes lie to two limits.
+    """How the magnitudes of rows lie to two limits each.
 
     Args:
-        above: how many are above the upper one.
-        between: how many are from the lower to the upper one.
-        parts: these, as bits, uint32, in order; none where the limits are equal.
-        starts_X, marks_X: for blocks of elements, in order: the first element, and how many were between before it.
-        complete: false if there were more between than had room: then only `above` means anything.
+        above_R, between_R: how many are above the upper one, and how many from the lower to the upper one; int64.
+        used_R, found_RM: how many of these are written down, all or none where the limits are equal, and they: bits,
+            uint32, in the order of the blocks.
+        starts_X, stops_X, marks_RX: of blocks of elements, in order: the first, the last and one more, and how many
+            were between before it.
+        complete_R: false if there were more between than had room: then only `above_R` means anything.
     """
 
-    above: int
-    between: int
-    parts: Sequence[Array]
+    above_R: Array
+    between_R: Array
+    used_R: Array
+    found_RM: Array
     starts_X: Array
-    marks_X: Array
-    complete: bool
+    stops_X: Array
+    marks_RX: Array
+    complete_R: Array
 
 
 class Rows:
@@ -69,6 +72,8 @@ class Rows:
 
     def some(self, rows: Sequence[int]) -> Self:
         """The same with some of the rows, which may be there twice."""
+        if list(rows) == list(range(len(self._rows_R))):
+            return self
         kept: Self = type(self).__new__(type(self))
         kept._inputs, kept._kind, kept._numbers_2N = self._inputs, self._kind, self._numbers_2N
         kept._rows_R = self._rows_R[list(rows)]
@@ -93,7 +98,7 @@ class Rows:
         self._kernels.sample_magnitudes(*self._scored, self._rows_R, starts_P, bits_RM)
         return bits_RM
 
-    def between(self, start: int, stop: int, low_R: Array, high_R: Array, room: int, expected: int) -> list[Counted]:
+    def between(self, start: int, stop: int, low_R: Array, high_R: Array, room: int, expected: int) -> Counted:
         """How the magnitudes of each row from start to stop, as the bits of float32, lie to its limits.
 
         Args:
@@ -102,31 +107,28 @@ class Rows:
             expected: how many will be, for which memory is taken; where there are more it is taken again.
         """
         rows, block = len(self._rows_R), self._kernels.BLOCK
-        above_R, between_R = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        above_R, between_R, used_R = np.zeros((3, rows), np.int64)
         marks_RX = np.empty((rows, math.ceil((stop - start) / block)), np.int64)
-        starts_X = np.arange(start, stop, block)
-        parts: list[list[Array]] = [[] for _ in range(rows)]
         limits_R = low_R.copy(), high_R.copy()
+        found_RM = np.empty((rows, min(expected, ROOM) + 2 * block), np.uint32)
         begin = start
-        while begin < stop:
-            found_RM, used_R = np.empty((rows, min(expected, ROOM) + 2 * block), np.uint32), np.zeros(rows, np.int64)
+        while True:
             where = *self._scored, self._rows_R, begin, stop
             totals = above_R, between_R, marks_RX[:, (begin - start) // block :]
             begin = self._kernels.magnitudes_between(*where, *limits_R, *totals, found_RM, used_R)
-            for row, used in enumerate(used_R.tolist()):
-                if limits_R[0][row] != limits_R[1][row]:
-                    parts[row].append(found_RM[row, :used])
-                if sum(map(len, parts[row])) > room:
-                    # What is counted from here on has no meaning; nothing more is written down.
-                    parts[row].clear()
-                    limits_R[0][row] = limits_R[1][row]
-        complete_R = low_R == limits_R[0]
-        return [
-            Counted(above, between, part, starts_X, marks_RX[row], complete=complete)
-            for row, (above, between, part, complete) in enumerate(
-                zip(above_R.tolist(), between_R.tolist(), parts, complete_R.tolist(), strict=True)
-            )
-        ]
+            full_R = used_R > room
+            # What is between in these has no meaning from here on; nothing more is written down.
+            limits_R[0][full_R] = limits_R[1][full_R]
+            used_R[full_R] = 0
+            if begin == stop:
+                starts_X = np.arange(start, stop, block)
+                blocks = starts_X, np.minimum(starts_X + block, stop), marks_RX
+                return Counted(above_R, between_R, used_R, found_RM, *blocks, low_R == limits_R[0])
+            most = int(used_R.max())
+            if most + 2 * block > found_RM.shape[1]:
+                wider_RM = np.empty((rows, 2 * found_RM.shape[1]), np.uint32)
+                wider_RM[:, :most] = found_RM[:, :most]
+                found_RM = wider_RM
 
     def count(self, row: int, start: int, stop: int, low: int, high: int, shift: int) -> Array:
         """(BINS,) int64: how many of a row's magnitudes are in each bin of 2^shift bits from `low` to `high`."""
@@ -139,21 +141,30 @@ class Rows:
         """For each of some rows the values at two ranks, 1 for the largest; at rank 0 what was there stays."""
         self._kernels.select_two(bits_RM, rows_N, ranks_2N, values_2N)
 
-    def find_cut(self, values_M: Array, rank: int, marks_X: Array) -> tuple[int, int, int]:
-        """The value at a rank of those that are between two limits, and the last of the equal ones that stay: in which
-        block it is, and which one of those in the block, from 1.
+    def find_cuts(self, counts_R: Array, low_R: Array, high_R: Array, counted: Counted) -> tuple[Array, Array, Array]:
+        """Cuts of rows that have been counted, all elements of them.
 
         Args:
-            values_M: in order.
-            marks_X: how many of them were before each block.
-        """
-        value, block, nth = self._kernels.find_cut(values_M, rank, marks_X)
-        return int(value), int(block), int(nth)
+            counts_R: (R,), int64: how many of each row stay.
+            low_R, high_R: (R,), uint32: the limits.
 
-    def nth_equal(self, row: int, start: int, stop: int, wanted: int, nth: int) -> int:
-        """The index of the nth element of one row from start to stop whose magnitude has these bits."""
-        one = self.some([row])
-        return int(self._kernels.nth_equal(*one._scored, one._rows_R[0], start, stop, np.uint32(wanted), nth))
+        Returns:
+            Of the last element of each row that stays and has the smallest magnitude that does: the bits of that, in
+            which block it is, and which one of the equal ones in the block, from 1. A cut that is not between the
+            limits has the block -1.
+        """
+        bits_R = np.zeros(len(counts_R), np.uint32)
+        block_R, nth_R = np.empty((2, len(counts_R)), np.int64)
+        known = counted.found_RM, counted.above_R, counted.between_R, counted.marks_RX
+        counts_R = counts_R * counted.complete_R[: len(counts_R)]  # to keep 0 has no cut
+        self._kernels.find_cuts(counts_R, low_R, high_R, *known, bits_R, block_R, nth_R)
+        return bits_R, block_R, nth_R
+
+    def nth_equals(self, starts_R: Array, stops_R: Array, bits_R: Array, nth_R: Array) -> Array:
+        """(R,), int64: where the nth element of each row is whose magnitude has these bits, from a start to a stop."""
+        places_R = np.empty(len(bits_R), np.int64)
+        self._kernels.nth_equals(*self._scored, self._rows_R, starts_R, stops_R, bits_R, nth_R, places_R)
+        return places_R
 
 
 def _balance(scales: tuple[Tensor, bool]) -> int:
@@ -221,12 +232,13 @@ def warm_up(kernels: ModuleType) -> None:
     inputs.rank_combine(weights_N, **ranked, start=0, stop=4, out_S=out_S)
     rows = Rows(inputs)
     rows.sample(np.zeros(1, np.int64), 4)
-    rows.between(0, 4, np.zeros(2, np.uint32), np.ones(2, np.uint32), room=4, expected=4)
+    low_R, high_R, ones_R = np.zeros(2, np.uint32), np.full(2, 1 << 30, np.uint32), np.ones(2, np.int64)
+    counted = rows.between(0, 4, low_R, high_R, room=4, expected=4)
+    bits_R, _, nth_R = rows.find_cuts(ones_R, low_R, high_R, counted)
+    rows.nth_equals(0 * ones_R, 4 * ones_R, bits_R, nth_R)
     rows.count(0, 0, 4, 0, 1, 0)
-    rows.nth_equal(0, 0, 4, 0, 1)
     few_M, few_X = np.arange(4, dtype=np.uint32), np.zeros(1, np.int64)
     rows.select_two(few_M[None], few_X, np.ones((2, 1), np.int64), np.zeros((2, 1), np.uint32))
-    rows.find_cut(few_M, 1, few_X)
     kept_squares(inputs, torch.zeros(2, dtype=torch.float64), 0, 4)
     largest_of_products(inputs, 0, 4)
     combine_balanced(inputs, (torch.ones(2, 2), False), torch.zeros(2, 2, dtype=torch.float64), 1.0, 0, 4, out_S)

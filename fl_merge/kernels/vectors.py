@@ -270,6 +270,29 @@ def loads_models(dtype, *, deltas=True, wide=False):
     return load_models
 
 
+def pairs_up(dtype):
+    """Arrange an array of float32 as `read_pair` reads models of a dtype.
+
+    Args of what this gives:
+        size: how many elements, a multiple of PAIR.
+    """
+
+    @intrinsic
+    def pair_up(context, numbers, size):
+        def emit(context, builder, signature, arguments):
+            numbers, size = arguments
+            if dtype is BFLOAT16:
+                with groups(builder, size, PAIR) as group:
+                    here = place_of(builder, numbers, builder.mul(group.index, number(PAIR)), FLOAT)
+                    for half, values in enumerate(as_pair(builder, dtype, here)):
+                        store(builder, values, builder.add(here, number(4 * WIDE * half)))
+            return context.get_dummy_value()
+
+        return types.void(*[ADDRESS] * 2), emit
+
+    return pair_up
+
+
 def compares_models(dtype):
     """Count the elements of one model whose difference from the base has a magnitude beyond two limits, and write down
     the magnitudes between them. Magnitudes and limits are the bits of float32.
@@ -278,41 +301,43 @@ def compares_models(dtype):
         dtype: of the model.
 
     Args of what this gives:
-        bases: of float32.
+        bases: of float32, as `pairs_up` arranges them.
         model: the address of the first element.
         low, beyond: what is at least `low` and less than `beyond` is between them.
         size: how many elements, a multiple of GROUP; as many bytes that follow are asked for, to be read next.
-        found: uint32, takes what is between, in order. WIDE more places behind it are written to as well.
+        found: uint32, takes what is between, in the order of PAIRs. WIDE more places behind it are written to as well.
         listed: 1; or 0 if nothing is to be written down: then only the first WIDE places are written to.
 
     What this gives returns how many are at least `beyond`, and how many are between.
     """
-    read, width = dtype
+    _, width = dtype
 
     @intrinsic
     def compare_models(context, bases, model, low, beyond, size, found, listed):
         def emit(context, builder, signature, arguments):
             bases, model, low, beyond, size, found, listed = arguments
+            apart = everywhere(builder, builder.sub(beyond, low))
             low, beyond = everywhere(builder, low), everywhere(builder, beyond)
             above, between, end = registers(builder, [number(0), number(0), found])
             step = builder.mul(listed, number(4))
             keep = _packs(context, builder)
-            with groups(builder, size, GROUP) as group:
-                begin = builder.mul(group.index, number(GROUP))
+            with groups(builder, size, PAIR) as group:
+                begin = builder.mul(group.index, number(PAIR))
                 start = builder.add(model, builder.mul(begin, number(width)))
-                fetch(builder, builder.add(start, builder.mul(size, number(width))), GROUP * width)
-                for at in range(0, GROUP, WIDE):
-                    value = cast(builder, read(builder, builder.add(start, number(width * at)), WIDE), FLOAT)
-                    base = load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS)
+                fetch(builder, builder.add(start, builder.mul(size, number(width))), PAIR * width)
+                larger = []
+                for half, value in enumerate(read_pair(builder, dtype, start)):
+                    base = load(builder, place_of(builder, bases, begin, FLOAT, half * WIDE), FLOATS)
                     magnitudes = builder.and_(builder.bitcast(builder.fsub(value, base), BITS), MAGNITUDES)
-                    larger = builder.icmp_unsigned(">=", magnitudes, beyond)
-                    least = builder.icmp_unsigned(">=", magnitudes, low)
-                    more = count_lanes(builder, larger)
-                    some = builder.sub(count_lanes(builder, least), more)
-                    add_to(builder, above, more, builder.add)
-                    keep(magnitudes, builder.xor(least, larger), some, builder.load(end))
+                    larger.append(builder.icmp_unsigned(">=", magnitudes, beyond))
+                    chosen = builder.icmp_unsigned("<", builder.sub(magnitudes, low), apart)
+                    some = count_lanes(builder, chosen)
+                    keep(magnitudes, chosen, some, builder.load(end))
                     add_to(builder, between, some, builder.add)
                     add_to(builder, end, builder.mul(some, step), builder.add)
+                both = builder.shuffle_vector(*larger, ir.Constant(vector(INDEX, PAIR), list(range(PAIR))))
+                more = builder.ctpop(builder.bitcast(both, ir.IntType(PAIR)))
+                add_to(builder, above, builder.zext(more, WORD), builder.add)
             return context.make_tuple(builder, signature.return_type, [builder.load(above), builder.load(between)])
 
         limits = [types.uint32] * 2
