@@ -1,7 +1,7 @@
 """Everything that numba compiles, in one module: importing it is what costs time."""
 
-from fl_merge.kernels.blocks import BLOCK
 from fl_merge.kernels.counting import (
+    MARKED,
     count_magnitudes,
     find_cuts,
     largest_magnitude,
@@ -17,7 +17,7 @@ from fl_merge.kernels.ranking import rank_combine
 from fl_merge.kernels.scoring import SUM_BLOCK, combine_balanced, kept_squares, largest_of_products
 
 __all__ = [
-    "BLOCK",
+    "MARKED",
     "SUM_BLOCK",
     "combine_balanced",
     "combine_elements",

@@ -28,6 +28,9 @@ from fl_merge.kernels.blocks import (
 from fl_merge.kernels.scoring import DELTAS, SCRATCH, load_scores
 from fl_merge.kernels.vectors import WIDE
 
+MARKED = 4096
+"""Elements of a block of which is known how many before it are between two limits."""
+
 _BINS = 1 << 11
 """How many bins `select` tells apart in a turn: their counts stay in the fastest cache."""
 
@@ -101,7 +104,7 @@ def magnitudes_between(
     Args:
         rows_R: which rows; the same one may be there twice.
         above_R, between_R: are added to.
-        marks_RM: takes `between_R` as it is at the beginning of each block, counted from that in which `start` is.
+        marks_RM: takes `between_R` as it is at the beginning of each MARKED elements from `start` on.
         found_RM, used_R: take what is between and written down, in order, and count it.
 
     Returns:
@@ -110,35 +113,39 @@ def magnitudes_between(
     work_KB, score_NB = _room(clients_N, rows_R.size)
     # Scores are compared as models whose base is 0.
     native = kind == DELTAS and one_dtype(codes_N)
-    base_B = work_KB[0] if native else np.zeros(BLOCK, np.float32)
+    base_B, rest_B = np.zeros(MARKED, np.float32), np.empty(GROUP, np.float32)
     width = WIDTHS[codes_N[0]] if native else 4
-    for begin in range(start, stop, BLOCK):
-        size = min(BLOCK, stop - begin)
-        if used_R.max() + size + WIDE > found_RM.shape[1]:
-            return begin
+    bases, first = np.int64(base_B.ctypes.data), np.int64(found_RM.ctypes.data)
+    step = MARKED if native else BLOCK
+    for begin in range(start, stop, step):
+        size = min(step, stop - begin)
+        if (begin - start) % MARKED == 0:
+            if used_R.max() + MARKED + WIDE > found_RM.shape[1]:
+                return begin
+            marks_RM[:, np.uint64((begin - start) // MARKED)] = between_R
         if native:
             load(base, base_code, begin, base_B[:size])
         else:
             load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
         whole = size - size % GROUP
         if native:
-            pair_up(codes_N[0], base_B.ctypes.data, whole)
+            pair_up(codes_N[0], bases, whole)
         for r in range(rows_R.size):
             row = rows_R[r]
-            marks_RM[r, np.uint64((begin - start) // BLOCK)] = between_R[r]
             beyond, listed = np.uint32(high_R[r] + np.uint32(1)), np.int64(low_R[r] != high_R[r])
             if native:
                 code, address = codes_N[row], clients_N[row] + width * begin
             else:
                 code, address = FLOAT32, score_NB[row].ctypes.data
-            found = found_RM[r, used_R[r] :].ctypes.data
-            above, between = compare_models(code, base_B.ctypes.data, address, low_R[r], beyond, whole, found, listed)
+            found = first + 4 * (r * found_RM.shape[1] + used_R[r])
+            above, between = compare_models(code, bases, address, low_R[r], beyond, whole, found, listed)
             used_R[r] += between * listed
             if whole < size:
-                rest_B = score_NB[row, whole:size]
                 if native:
-                    load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], rest_B)
-                for s in range(rest_B.size):
+                    load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], rest_B[: size - whole])
+                else:
+                    rest_B[: size - whole] = score_NB[row, whole:size]
+                for s in range(size - whole):
                     bits = np.uint32(bits_of(rest_B[s]) & MAGNITUDE)
                     hit = low_R[r] <= bits <= high_R[r]
                     above += np.int64(bits > high_R[r])

@@ -106,7 +106,7 @@ class Rows:
             room: how many of a row's that are between are written down at most.
             expected: how many will be, for which memory is taken; where there are more it is taken again.
         """
-        rows, block = len(self._rows_R), self._kernels.BLOCK
+        rows, block = len(self._rows_R), self._kernels.MARKED
         above_R, between_R, used_R = np.zeros((3, rows), np.int64)
         marks_RX = np.empty((rows, math.ceil((stop - start) / block)), np.int64)
         limits_R = low_R.copy(), high_R.copy()
