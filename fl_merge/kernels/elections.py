@@ -6,7 +6,6 @@ As in `vectors`, groups of elements are outside and the clients inside.
 from __future__ import annotations
 
 import contextlib
-import functools
 
 from llvmlite import ir
 from numba import types
@@ -18,10 +17,8 @@ from fl_merge.kernels.vectors import (
     BITS,
     FLOAT,
     FLOATS,
-    INDEX,
     MAGNITUDES,
     PAIR,
-    WIDE,
     WORD,
     add_to,
     as_pair,
@@ -32,6 +29,7 @@ from fl_merge.kernels.vectors import (
     everywhere,
     fetch,
     groups,
+    largest_lane,
     load,
     number,
     place_of,
@@ -212,11 +210,7 @@ def elects_kept(dtype, *, by):
                 word = bits_of_pair(builder, dtype, still)
                 store_word(builder, word, place_of(builder, draws, group.index, WORD))
                 add_to(builder, drawn, builder.ctpop(word), builder.add)
-            found = builder.load(largest)
-            lanes = [builder.extract_element(found, ir.Constant(INDEX, lane)) for lane in range(WIDE)]
-            most = functools.reduce(
-                lambda one, two: builder.select(builder.icmp_unsigned(">", one, two), one, two), lanes
-            )
+            most = largest_lane(builder, builder.load(largest))
             results = [builder.load(tally), builder.load(drawn), builder.zext(most, WORD)]
             return context.make_tuple(builder, signature.return_type, results)
 

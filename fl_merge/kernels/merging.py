@@ -8,6 +8,7 @@ reorder or contract floating-point operations unless it is told to. Suffixes: N 
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
 from fl_merge.kernels import elections, vectors
 from fl_merge.kernels.across import add_weighted
@@ -25,6 +26,7 @@ from fl_merge.kernels.blocks import (
     load_double,
     lowest_bit,
     one_dtype,
+    pointer,
     store,
     uniform_words,
 )
@@ -35,7 +37,7 @@ from fl_merge.kernels.vectors import DOUBLES, PAIR
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY, ELECT_SUM = 0, 1, 2, 3
 
-_BLOCK = 256
+_BLOCK = 512
 """Elements of all clients whose deltas are at hand together: beside what is read and written they leave room in the
 fastest cache."""
 
@@ -83,82 +85,110 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
 
 
 @compiled_part
-def merging_scratch(delta_NG):
-    """What `merge_rows` works with beside the rows: for merged values, those of the clients that have a minus and their
-    weights, and which elections are draws; and what stands for a base and for limits where there are none."""
-    count, room = delta_NG.shape
-    rows_N = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
-    limits_N, tops_N = np.full(count, _LEAST, np.float32), np.full(count, np.nan, np.float32)
-    results = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
-    return results, np.empty(room // PAIR, np.uint64), np.zeros(room, np.float32), rows_N, limits_N, tops_N
+def merging_scratch(count, room):
+    """Arrays for `merge_rows`: kept deltas; merged values, those of clients that have a minus, the weights of these,
+    and zeros; which elections are draws; where the rows are; and limits where there are none."""
+    delta_NG, result_4G = np.zeros((count, room), np.float32), np.zeros((4, room), np.float32)
+    rows_N, limits_2N = np.empty(count, np.int64), np.empty((2, count), np.float32)
+    rows_N[:] = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
+    limits_2N[0], limits_2N[1] = _LEAST, np.nan
+    return delta_NG, result_4G, np.empty(room // PAIR, np.uint64), rows_N, limits_2N
 
 
 @compiled_part
-def _elected(code, bases, models_N, start, limits, added_B, size, how, scratch, out, out_code, begin, noted):
+def places_of(scratch):
+    """Addresses of what `merging_scratch` gives. The arrays must be in use where these are."""
+    delta_NG, result_4G, drawn_X, rows_N, limits_2N = scratch
+    count, room = delta_NG.shape
+    result, limits = np.int64(result_4G.ctypes.data), np.int64(limits_2N.ctypes.data)
+    results = result, result + 4 * room, result + 8 * room, np.int64(drawn_X.ctypes.data)
+    rows = np.int64(delta_NG.ctypes.data), 4 * room, np.int64(rows_N.ctypes.data), count, limits, limits + 4 * count
+    return rows, results, result + 12 * room
+
+
+@compiled_part
+def in_use(*arrays):
+    """For arrays whose addresses have been used: numba frees what is not named any more."""
+    return len(arrays)
+
+
+@compiled_part
+def _elected(code, bases, models, start, count, limits, tops, added, size, how, results, out, out_code, begin, noted):
     """Merge what is kept of models by elections, and write it.
 
     Args:
-        bases, models_N, start, limits: as `elections.elects_kept` has them, of models of the dtype `code`.
-        added_B: what the merged deltas are added to, in whole PAIRs.
-        size, how, scratch, out, out_code, begin, noted: as `merge_rows`.
+        bases, models, start, count, limits, tops, added: as `elections.elects_kept` has them, of models of the dtype
+            `code`; whole PAIRs of elements.
+        results: of `places_of`.
+        size, how, out, out_code, begin, noted: as `merge_rows`.
 
     Returns:
         What `merge_rows` does.
     """
-    weights_N, elect_by, normalize, scale = how
-    (value_B, other_B, share_B), drawn_X = scratch[0], scratch[1]
-    limits_N, tops_N = limits
-    drawn_M, otherwise_M, draws = noted
-    given = models_N.ctypes.data, start, models_N.size, limits_N.ctypes.data, tops_N.ctypes.data
-    votes = weights_N.ctypes.data, added_B.ctypes.data, scale, normalize, size
-    results = value_B.ctypes.data, other_B.ctypes.data, share_B.ctypes.data, drawn_X.ctypes.data
+    weights, elect_by, normalize, scale = how
+    values, others, shares, drawn = results
+    given = models, start, count, limits, tops, weights, added, scale, normalize, size, *results
     if elect_by == ELECT_FREQUENCY:
-        won, here, most = _elect_by_number(code, bases, *given, *votes, *results)
+        won, here, most = _elect_by_number(code, bases, *given)
     elif elect_by == ELECT_SUM:
-        won, here, most = _elect_by_sum(bases, *given, *votes, *results)
+        won, here, most = _elect_by_sum(bases, *given)
     else:
-        won, here, most = _elect_by_total(code, bases, *given, *votes, *results)
-    store(value_B[:size], out, out_code, begin)
+        won, here, most = _elect_by_total(code, bases, *given)
+    store(carray(pointer(values), (size,), np.float32), out, out_code, begin)
     largest_drawn = np.uint32(0)
-    for x in range((size + PAIR - 1) // PAIR if here else 0):
-        left = drawn_X[x]
-        while left:
-            s = np.uint64(x * PAIR + lowest_bit(left))
-            left &= left - np.uint64(1)
-            largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
-            if draws < drawn_M.size:
-                drawn_M[draws] = begin + s
-                other, share = other_B[s], share_B[s]
-                if normalize:
-                    other = np.float32(other / share) if share > _ZERO else _ZERO
-                otherwise_M[draws] = added_B[s] + other * scale
-            draws += 1
+    if here:
+        groups = (size + PAIR - 1) // PAIR
+        drawn_X = carray(pointer(drawn), (groups,), np.uint64)
+        value_B, added_B, other_B, share_B = (
+            carray(pointer(values), (PAIR * groups,), np.float32),
+            carray(pointer(added), (PAIR * groups,), np.float32),
+            carray(pointer(others), (PAIR * groups,), np.float32),
+            carray(pointer(shares), (PAIR * groups,), np.float32),
+        )
+        places, otherwise, room, draws = noted
+        place_M = carray(pointer(places), (room,), np.int64)
+        otherwise_M = carray(pointer(otherwise), (room,), np.float32)
+        for x in range(groups):
+            left = drawn_X[x]
+            while left:
+                s = np.uint64(x * PAIR + lowest_bit(left))
+                left &= left - np.uint64(1)
+                largest_drawn = max(largest_drawn, np.uint32(bits_of(value_B[s]) & MAGNITUDE))
+                if draws < room:
+                    place_M[draws] = begin + s
+                    other, share = other_B[s], share_B[s]
+                    if normalize:
+                        other = np.float32(other / share) if share > _ZERO else _ZERO
+                    otherwise_M[draws] = added_B[s] + other * scale
+                draws += 1
     return np.uint32(most), largest_drawn, won, here
 
 
 @compiled_part
-def merge_rows(delta_NG, base_G, size, how, scratch, out, out_code, begin, noted):
+def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
     """Merge what is kept of the deltas of the elements from `begin` on, and write it.
 
     Args:
-        delta_NG, base_G: in whole groups; what is behind `size` becomes 0.
-        how: weights_N, elect_by, normalize, scale, as in `prune_combine`.
-        scratch: of `merging_scratch`, for these deltas.
-        noted: drawn_M, otherwise_M, and how many draws there have been.
+        base_G: in whole groups; what is behind `size` becomes 0, in the rows too.
+        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`.
+        scratch, places: of `merging_scratch`, with the deltas, and of `places_of`.
+        noted: the addresses of drawn_M and otherwise_M, their size, and how many draws there have been.
 
     Returns:
         What `prune_combine` does, of these elements.
     """
-    weights_N, elect_by, _, scale = how
-    (value_G, _, _), _, zero_G, rows_N, limits_N, tops_N = scratch
+    weights, elect_by, _, scale = how
+    (rows, stride, models, count, limits, tops), results, zeros = places
+    bases = np.int64(base_G.ctypes.data)
     if elect_by == ELECT_NONE:
-        rows, stride, weights = delta_NG.ctypes.data, 4 * delta_NG.shape[1], weights_N.ctypes.data
-        add_weighted(rows, stride, weights_N.size, weights, base_G.ctypes.data, scale, size, value_G.ctypes.data)
-        return store(value_G[:size], out, out_code, begin), np.uint32(0), 0, 0
-    delta_NG[:, size:] = _ZERO
-    base_G[size:] = _ZERO
-    limits, zeros = (limits_N, tops_N), zero_G.ctypes.data
-    return _elected(FLOAT32, zeros, rows_N, 0, limits, base_G, size, how, scratch, out, out_code, begin, noted)
+        add_weighted(rows, stride, count, weights, bases, scale, size, results[0])
+        value_B = carray(pointer(results[0]), (size,), np.float32)
+        return store(value_B, out, out_code, begin), np.uint32(0), 0, 0
+    if size % PAIR:
+        scratch[0][:, size:] = _ZERO
+        base_G[size:] = _ZERO
+    where = zeros, models, 0, count, limits, tops, bases
+    return _elected(FLOAT32, *where, size, how, results, out, out_code, begin, noted)
 
 
 @compiled_part
@@ -237,16 +267,21 @@ def prune_combine(
     count, by_limits = clients_N.size, prune in (KEEP_LARGEST, KEEP_MIDDLE)
     native = by_limits and one_dtype(codes_N)
     block = BLOCK if native else _BLOCK
-    base_store, delta_NB = np.zeros(block, np.float32), np.zeros((count, block), np.float32)
-    rows, stride = delta_NB.ctypes.data, 4 * block
-    how, scratch = (weights_N, elect_by, normalize, scale), merging_scratch(delta_NB)
+    scratch, base_store = merging_scratch(count, block), np.zeros(block, np.float32)
+    delta_NB, places = scratch[0], places_of(scratch)
+    (rows, stride, _, _, _, _), results, _ = places
+    value_B = scratch[1][0]
     limit_N, top_N = np.empty(count, np.float32), np.full(count, np.nan, np.float32)
+    limits, tops = np.int64(limit_N.ctypes.data), np.int64(top_N.ctypes.data)
+    models, weights = np.int64(clients_N.ctypes.data), np.int64(weights_N.ctypes.data)
+    bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale)
+    drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     least = _ZERO if elect_by == ELECT_NONE else _LEAST
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws, begin = 0, 0, start
     while begin < stop:
         size = min(block, stop - begin)
-        noted = drawn_M, otherwise_M, draws
+        noted = drawn, otherwise, drawn_M.size, draws
         alike = np.int64(0)
         if native:  # up to where a limit changes
             alike = _limits(thresholds_N, above_N, last_N, begin, limit_N)
@@ -259,19 +294,16 @@ def prune_combine(
         base_B = base_store[:size]
         load(base, base_code, begin, base_B)
         if alike:
-            bases, value_B = base_store.ctypes.data, scratch[0][0][:size]
-            limits, values = (limit_N, top_N), value_B.ctypes.data
+            where = bases, models, begin, count, limits, tops
             if elect_by == ELECT_NONE:
-                given = clients_N.ctypes.data, begin, count, limit_N.ctypes.data, top_N.ctypes.data
-                _sum_kept(codes_N[0], bases, *given, weights_N.ctypes.data, bases, scale, size, values)
-                found = store(value_B, out, out_code, begin), np.uint32(0), 0, 0
+                _sum_kept(codes_N[0], *where, weights, bases, scale, size, results[0])
+                found = store(value_B[:size], out, out_code, begin), np.uint32(0), 0, 0
             else:
-                where = codes_N[0], bases, clients_N, begin, limits
-                found = _elected(*where, base_store, size, how, scratch, out, out_code, begin, noted)
+                found = _elected(codes_N[0], *where, bases, size, how, results, out, out_code, begin, noted)
         else:
             if prune == KEEP_VARYING:
                 cut = thresholds_N[0], above_N[0], last_N[0]
-                load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, scratch[0][0])
+                load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, value_B)
             else:
                 load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
             for n in range(count if by_limits else 0):
@@ -283,11 +315,12 @@ def prune_combine(
                 if divisors_N[n] != _ONE:
                     for s in range(size):
                         delta_NB[n, s] /= divisors_N[n]
-            found = merge_rows(delta_NB, base_store, size, how, scratch, out, out_code, begin, noted)
+            found = merge_rows(base_store, size, how, scratch, places, out, out_code, begin, noted)
         largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
         tally += found[2]
         draws += found[3]
         begin += size
+    in_use(*scratch, base_store, limit_N, top_N)
     return largest, largest_drawn, tally, draws
 
 

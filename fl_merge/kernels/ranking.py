@@ -19,7 +19,7 @@ from fl_merge.kernels.blocks import (
     load_delta,
     uniform_words,
 )
-from fl_merge.kernels.merging import merge_rows, merging_scratch
+from fl_merge.kernels.merging import in_use, merge_rows, merging_scratch, places_of
 from fl_merge.kernels.places import (
     CLASSES,
     DROPPED_BITS,
@@ -169,19 +169,21 @@ def rank_combine(
     count = clients_N.size
     group = row * max(1, RANKED // row)
     room = (group + GROUP - 1) // GROUP * GROUP
-    base_store, delta_S, kept_NS = (
+    base_store, delta_S, scratch = (
         np.zeros(room, np.float32),
         np.empty(group, np.float32),
-        np.zeros((count, room), np.float32),
+        merging_scratch(count, room),
     )
+    kept_NS, places = scratch[0], places_of(scratch)
     count_LK, chance_K = np.zeros((LANES, STRIDE), np.uint32), np.empty(CLASSES, np.float32)
     class_R, chance_S, draws_H = (
         np.empty(row, np.uint16),
         np.empty(group, np.float32),
         np.empty(group // 2 + 1, np.uint64),
     )
-    ranks, merging = (class_R, count_LK, chance_K, chance_S, draws_H), merging_scratch(kept_NS)
-    how = weights_N, elect_by, normalize, scale
+    ranks = class_R, count_LK, chance_K, chance_S, draws_H
+    how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale
+    drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0
     for begin in range(start, stop, group):
@@ -196,9 +198,10 @@ def rank_combine(
                     _keep_row(delta_S[at : at + row], begin + at, keys_N[n], line, ranks, kept_NS[n, at : at + row])
             else:
                 _keep_short(delta_S[:size], begin, row, keys_N[n], line, ranks, kept_NS[n, :size])
-        noted = drawn_M, otherwise_M, draws
-        found = merge_rows(kept_NS, base_store, size, how, merging, out, out_code, begin, noted)
+        noted = drawn, otherwise, drawn_M.size, draws
+        found = merge_rows(base_store, size, how, scratch, places, out, out_code, begin, noted)
         largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
         tally += found[2]
         draws += found[3]
+    in_use(*scratch)
     return largest, largest_drawn, tally, draws

@@ -360,6 +360,12 @@ def count_lanes(builder, lanes):
     return builder.zext(builder.ctpop(builder.bitcast(lanes, ir.IntType(WIDE))), WORD)
 
 
+def largest_lane(builder, numbers):
+    """The largest of the lanes of a vector of unsigned numbers of 32 bits."""
+    name, kind = f"llvm.vector.reduce.umax.v{WIDE}i32", ir.FunctionType(INDEX, [BITS])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [numbers])
+
+
 def _packs(context, builder):
     """What writes the chosen lanes of a vector to an address, one behind the other; and perhaps more behind them."""
     if "+avx512f" in context.codegen().magic_tuple()[2]:
