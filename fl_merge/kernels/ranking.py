@@ -16,6 +16,7 @@ from fl_merge.kernels.blocks import (
     compiled_part,
     compiled_pass,
     load,
+    load_all,
     load_delta,
     uniform_words,
 )
@@ -182,6 +183,8 @@ def rank_combine(
         np.empty(group // 2 + 1, np.uint64),
     )
     ranks = class_R, count_LK, chance_K, chance_S, draws_H
+    bases, deltas = np.int64(base_store.ctypes.data), np.int64(delta_S.ctypes.data)
+    models = np.int64(clients_N.ctypes.data)
     how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -191,7 +194,9 @@ def rank_combine(
         base_S = base_store[:size]
         load(base, base_code, begin, base_S)
         for n in range(count):
-            load_delta(clients_N[n], codes_N[n], begin, base_S, delta_S[:size])
+            done = size - size % GROUP
+            load_all(codes_N[n], bases, models + 8 * n, begin, 1, done, deltas, 0)
+            load_delta(clients_N[n], codes_N[n], begin + done, base_S[done:], delta_S[done:size])
             line = highest_N[n], steps_N[n], own_chance, divisors_N[n]
             if steps_N[n] != _ZERO and row > FEW:
                 for at in range(0, size, row):
