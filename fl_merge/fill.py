@@ -309,7 +309,10 @@ class Fillers:
                     arguments = {"row": row, "lines_N2": lines_N2, "divisor_N": divisor_N}
                 else:  # one chance for all
                     density_N = [highest for highest, _ in lines_N2]
-                    arguments = {"density_N": density_N, "divisor_N": density_N if divisor_N is None else divisor_N}
+                    factor_N = (
+                        (1 / torch.tensor(density_N, dtype=torch.float32)).tolist() if divisor_N is None else None
+                    )
+                    arguments = {"density_N": density_N, "factor_N": factor_N, "divisor_N": divisor_N}
             arguments["keys_N"] = draw_keys(spec, output.tensor)
         return CompiledStages(output, dtype, native, stages, weights_N, arguments, ranked=ranked)
 

@@ -42,9 +42,12 @@ _ZERO, _ONE = constant(FLOATS, 0.0), constant(FLOATS, 1.0)
 _DRAWS, _MOST = constant(FLOATS, 2.0**32), constant(FLOATS, 2.0**32 - 256)
 
 
-def _class_of(builder, classes, index, more):
-    """The class of one element."""
-    return builder.zext(vectors.load(builder, place_of(builder, classes, index, _SHORT, more), _SHORT), WORD)
+def _classes_of(builder, classes, index):
+    """The classes of 16 elements, one after the other. They are read by fours: loads are what there are most of."""
+    for four in range(0, WIDE, 4):
+        word = vectors.load(builder, place_of(builder, classes, index, _SHORT, four), WORD, align=2)
+        for place in range(4):
+            yield builder.and_(builder.lshr(word, number(16 * place)), number(0xFFFF))
 
 
 @intrinsic
@@ -61,8 +64,8 @@ def count_and_draw(context, classes, groups, counts, key, pair, draws):
         (state_L,) = registers(builder, [first_state(builder, key, pair)])
         with vectors.clients(builder, groups) as group:
             begin = builder.mul(group.index, number(WIDE))
-            for lane in range(WIDE):
-                index = builder.add(_class_of(builder, classes, begin, lane), number(lane % LANES * STRIDE))
+            for lane, found in enumerate(_classes_of(builder, classes, begin)):
+                index = builder.add(found, number(lane % LANES * STRIDE))
                 place = builder.inttoptr(place_of(builder, counts, index, INDEX), INDEX.as_pointer())
                 builder.store(builder.add(builder.load(place, align=4), ir.Constant(INDEX, 1)), place, align=4)
             word = builder.mul(group.index, number(WIDE // 2))
@@ -73,11 +76,18 @@ def count_and_draw(context, classes, groups, counts, key, pair, draws):
 
 
 @intrinsic
-def chances_of_classes(context, counts, size, highest, step, chances):
-    """The chance of each of the first `size` classes, given how many elements are in each; the counts become 0."""
+def chances_of_classes(context, counts, size, highest, step, own_chance, chances):
+    """The chance of each of the first `size` classes, given how many elements are in each; the counts become 0.
+
+    Args of what this gives:
+        own_chance: whether what is kept is divided by its chance.
+        chances: takes two words of 32 bits for each class: the largest draw of what is kept, and, of float32, what that
+            is multiplied by.
+    """
 
     def emit(context, builder, signature, arguments):
-        counts, size, highest, step, chances = arguments
+        counts, size, highest, step, own_chance, chances = arguments
+        ceil = builder.module.declare_intrinsic(f"llvm.ceil.v{WIDE}f32", (), ir.FunctionType(FLOATS, [FLOATS]))
         none, least = constant(BITS, 0), constant(FLOATS, LEAST_CHANCE)
         highest, step = everywhere(builder, highest), everywhere(builder, step)
         (before,) = registers(builder, [none])
@@ -97,40 +107,56 @@ def chances_of_classes(context, counts, size, highest, step, chances):
             twice = builder.sub(builder.sub(builder.add(upto, upto), count), constant(BITS, 1))
             chance = builder.fsub(highest, builder.fmul(builder.uitofp(twice, FLOATS), step))
             chance = builder.select(builder.fcmp_ordered(">", chance, least), chance, least)
-            store(builder, chance, place_of(builder, chances, begin, FLOAT))
+            limit = builder.fmul(chance, _DRAWS)
+            limit = builder.call(ceil, [builder.select(builder.fcmp_ordered("<", limit, _MOST), limit, _MOST)])
+            limit = builder.sub(builder.fptoui(limit, BITS), constant(BITS, 1))
+            limit = builder.select(builder.fcmp_ordered(">=", chance, _ONE), constant(BITS, -1), limit)
+            factor = builder.select(own_chance, builder.fdiv(_ONE, chance), _ONE)
+            both = limit, builder.bitcast(factor, BITS)
+            for half in (0, 1):
+                lanes = [WIDE * (lane % 2) + (WIDE * half + lane) // 2 for lane in range(WIDE)]
+                found = builder.shuffle_vector(*both, ir.Constant(BITS, lanes))
+                store(builder, found, place_of(builder, chances, begin, WORD, half * WIDE // 2))
         return context.get_dummy_value()
 
-    return types.void(ADDRESS, ADDRESS, types.float32, types.float32, ADDRESS), emit
+    return types.void(ADDRESS, ADDRESS, types.float32, types.float32, types.boolean, ADDRESS), emit
 
 
 @intrinsic
-def look_up_and_keep(context, classes, chances, groups, words, deltas, own_chance, divisor, kept):
-    """Of so many groups of 16 elements: keep by the chance of each element's class.
+def look_up_and_keep(context, classes, chances, groups, words, deltas, divisor, kept):
+    """Of so many groups of 16 elements: keep by the chance of each element's class, and divide what is kept.
 
     Args:
+        chances: as `chances_of_classes` has them.
         words: of uint32: the draws.
-        own_chance: whether what is kept is divided by its chance; else by the divisor.
     """
 
     def emit(context, builder, signature, arguments):
-        classes, chances, groups, words, deltas, own_chance, divisor, kept = arguments
-        ceil = builder.module.declare_intrinsic(f"llvm.ceil.v{WIDE}f32", (), ir.FunctionType(FLOATS, [FLOATS]))
+        classes, chances, groups, words, deltas, divisor, kept = arguments
+        divides = builder.fcmp_ordered("!=", divisor, ir.Constant(FLOAT, 1.0))
         divisor = everywhere(builder, divisor)
+        eight = vectors.vector(WORD, WIDE // 2)
         with vectors.clients(builder, groups) as group:
             begin = builder.mul(group.index, number(WIDE))
-            chance = ir.Constant(FLOATS, ir.Undefined)
-            for lane in range(WIDE):
-                place = place_of(builder, chances, _class_of(builder, classes, begin, lane), FLOAT)
-                chance = builder.insert_element(chance, vectors.load(builder, place, FLOAT), ir.Constant(INDEX, lane))
-            limit = builder.fmul(chance, _DRAWS)
-            limit = builder.call(ceil, [builder.select(builder.fcmp_ordered("<", limit, _MOST), limit, _MOST)])
+            halves = [ir.Constant(eight, ir.Undefined)] * 2
+            for lane, found in enumerate(_classes_of(builder, classes, begin)):
+                word = vectors.load(builder, place_of(builder, chances, found, WORD), WORD)
+                half, at = divmod(lane, WIDE // 2)
+                halves[half] = builder.insert_element(halves[half], word, ir.Constant(INDEX, at))
+            halves = [builder.bitcast(half, BITS) for half in halves]
+            limit, factor = (
+                builder.shuffle_vector(*halves, ir.Constant(BITS, list(range(first, 2 * WIDE, 2)))) for first in (0, 1)
+            )
             word = vectors.load(builder, place_of(builder, words, begin, INDEX), BITS)
-            below = builder.icmp_unsigned("<", word, builder.fptoui(limit, BITS))
-            below = builder.or_(below, builder.fcmp_ordered(">=", chance, _ONE))
+            below = builder.icmp_unsigned("<=", word, limit)
             delta = vectors.load(builder, place_of(builder, deltas, begin, FLOAT), FLOATS)
-            over = builder.select(own_chance, chance, divisor)
-            found = builder.fdiv(builder.select(below, delta, _ZERO), over)
-            store(builder, found, place_of(builder, kept, begin, FLOAT))
+            found = builder.fmul(builder.select(below, delta, _ZERO), builder.bitcast(factor, FLOATS))
+            place = place_of(builder, kept, begin, FLOAT)
+            with builder.if_else(divides) as (over, alone):
+                with over:
+                    store(builder, builder.fdiv(found, divisor), place)
+                with alone:
+                    store(builder, found, place)
         return context.get_dummy_value()
 
-    return types.void(*[ADDRESS] * 5, types.boolean, types.float32, ADDRESS), emit
+    return types.void(*[ADDRESS] * 5, types.float32, ADDRESS), emit

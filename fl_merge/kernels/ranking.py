@@ -8,16 +8,20 @@ Suffixes: N clients, S elements of a group of rows, R of a row, K classes, W ele
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
+from fl_merge.kernels import vectors
 from fl_merge.kernels.blocks import (
     GROUP,
     MAGNITUDE,
     bits_of,
+    by_dtype,
     compiled_part,
     compiled_pass,
+    from_bits,
     load,
-    load_all,
     load_delta,
+    pointer,
     uniform_words,
 )
 from fl_merge.kernels.merging import in_use, merge_rows, merging_scratch, places_of
@@ -40,6 +44,7 @@ RANKED = 1024
 """How many elements of all clients are kept and merged together, or one row, if that is longer: they stay in the cache
 that is next to the fastest."""
 
+_load_row = by_dtype(vectors.loads_models, ahead=RANKED)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _LEAST, _DRAWS, _MOST = np.float32(LEAST_CHANCE), np.float32(2.0**32), np.float32(2.0**32 - 256)
 
@@ -51,15 +56,16 @@ def _chance(twice, highest, step):
 
 
 @compiled_part
-def _classify(delta_R, class_R):
+def _classify(deltas, classes, size):
     """The class of each element; gives the last class but the very last that one is in."""
+    delta_R, class_R = carray(pointer(deltas), (size,), np.uint32), carray(pointer(classes), (size,), np.uint16)
     largest = np.uint32(0)
-    for r in range(delta_R.size):
-        largest = max(largest, np.uint32(bits_of(delta_R[r]) & MAGNITUDE))
+    for r in range(size):
+        largest = max(largest, np.uint32(delta_R[r] & MAGNITUDE))
     first = np.uint32(largest >> np.uint32(DROPPED_BITS))
     last = np.uint32(0)
-    for r in range(delta_R.size):
-        below = np.uint32(first - ((bits_of(delta_R[r]) & MAGNITUDE) >> np.uint32(DROPPED_BITS)))
+    for r in range(size):
+        below = np.uint32(first - ((delta_R[r] & MAGNITUDE) >> np.uint32(DROPPED_BITS)))
         class_R[r] = np.uint16(min(below, np.uint32(CLASSES - 1)))
         last = max(last, below if below < np.uint32(CLASSES - 1) else np.uint32(0))
     return last
@@ -76,62 +82,80 @@ def _compare(class_R, highest, step, chance_R):
 
 
 @compiled_part
-def _keep(delta_S, chance_S, word_S, own_chance, divisor, kept_S):
-    """What is kept, over its own chance or the divisor."""
-    for s in range(delta_S.size):
-        chance = chance_S[s]
-        limit = np.uint32(np.ceil(min(np.float32(chance * _DRAWS), _MOST)))
-        kept = delta_S[s] if (word_S[s] < limit) | (chance >= _ONE) else _ZERO
-        kept_S[s] = kept / (chance if own_chance else divisor)
+def _limit_and_factor(chance, own_chance):
+    """The largest draw of what is kept with this chance, and what that is multiplied by."""
+    limit = np.uint32(np.ceil(min(np.float32(chance * _DRAWS), _MOST))) - np.uint32(1)
+    return np.uint32(limit if chance < _ONE else 0xFFFFFFFF), np.float32(_ONE / chance) if own_chance else _ONE
 
 
 @compiled_part
-def _keep_row(delta_R, at, key, line, scratch, kept_R):
+def _keep(deltas, limit, factor, words, divisor, kept, s):
+    """One element, if its draw is low enough, times a factor and over the divisor."""
+    delta_S, kept_S = carray(pointer(deltas), (s + 1,), np.float32), carray(pointer(kept), (s + 1,), np.float32)
+    word_S = carray(pointer(words), (s + 1,), np.uint32)
+    kept_S[s] = np.float32((delta_S[s] if word_S[s] <= limit else _ZERO) * factor) / divisor
+
+
+@compiled_part
+def _draw(key, pair, draws, words):
+    """Write so many words of draws, of 64 bits."""
+    if words > 0:
+        uniform_words(key, pair, carray(pointer(draws), (words,), np.uint64))
+
+
+@compiled_part
+def _keep_row(deltas, size, at, key, line, places, kept):
     """What is kept of a row that is not short.
 
     Args:
+        deltas, kept: addresses.
         at: the row's first element.
         line: highest, step, own_chance, divisor: as `rank_combine` has them for this client.
-        scratch: class_R, count_LK (zeros; again so afterwards), chance_K, chance_R, draws_H.
+        places: addresses of class_R, count_LK (zeros; again so afterwards), chance_K2, chance_R, draws_H.
     """
     highest, step, own_chance, divisor = line
-    class_R, count_LK, chance_K, chance_R, draws_H = scratch
-    size = delta_R.size
-    last = np.int64(_classify(delta_R, class_R))
-    counts, chances = count_LK.ctypes.data, chance_K.ctypes.data
-    classes, draws = class_R.ctypes.data, draws_H.ctypes.data
+    classes, counts, chances, _, draws = places
+    class_R, count_LK = (
+        carray(pointer(classes), (size,), np.uint16),
+        carray(pointer(counts), (LANES, STRIDE), np.uint32),
+    )
+    chance_K2 = carray(pointer(chances), (CLASSES, 2), np.uint32)
+    last = np.int64(_classify(deltas, classes, size))
     whole = size // WIDE
     pairs = whole * (WIDE // 2)
     count_and_draw(classes, whole, counts, key, at // 2, draws)
-    uniform_words(key, at // 2 + pairs, draws_H[pairs : size // 2 + 1])
+    _draw(key, at // 2 + pairs, draws + 8 * pairs, size // 2 + 1 - pairs)
     for r in range(whole * WIDE, size):
         count_LK[0, np.uint64(class_R[r])] += np.uint32(1)
     smallest = np.int64(0)
     for lane in range(LANES):
         smallest += np.int64(count_LK[lane, CLASSES - 1])
         count_LK[lane, CLASSES - 1] = np.uint32(0)
-    chances_of_classes(counts, last + 1, highest, step, chances)
-    chance_K[CLASSES - 1] = _chance(2 * size - smallest - 1, highest, step)
-    words, deltas, kept = draws + 4 * (at % 2), delta_R.ctypes.data, kept_R.ctypes.data
-    look_up_and_keep(classes, chances, whole, words, deltas, own_chance, divisor, kept)
-    done = whole * WIDE
-    for r in range(done, size):
-        chance_R[r] = chance_K[np.uint64(class_R[r])]
-    word_R = draws_H.view(np.uint32)[at % 2 :]
-    _keep(delta_R[done:], chance_R[done:], word_R[done:], own_chance, divisor, kept_R[done:])
+    chances_of_classes(counts, last + 1, highest, step, own_chance, chances)
+    limit, factor = _limit_and_factor(_chance(2 * size - smallest - 1, highest, step), own_chance)
+    chance_K2[CLASSES - 1, 0], chance_K2[CLASSES - 1, 1] = limit, bits_of(factor)
+    words = draws + 4 * (at % 2)
+    look_up_and_keep(classes, chances, whole, words, deltas, divisor, kept)
+    for r in range(whole * WIDE, size):
+        place = np.uint64(class_R[r])
+        _keep(deltas, chance_K2[place, 0], from_bits(chance_K2[place, 1]), words, divisor, kept, r)
 
 
 @compiled_part
-def _keep_short(delta_S, at, row, key, line, scratch, kept_S):
+def _keep_short(deltas, size, at, row, key, line, places, kept):
     """What is kept of short rows, or of any where all elements have one chance; as `_keep_row`."""
     highest, step, own_chance, divisor = line
-    class_R, _, _, chance_S, draws_H = scratch
-    chance_S[: delta_S.size] = highest
-    for begin in range(0, delta_S.size if step != _ZERO else 0, row):
-        _classify(delta_S[begin : begin + row], class_R)
-        _compare(class_R, highest, step, chance_S[begin : begin + row])
-    uniform_words(key, at // 2, draws_H[: delta_S.size // 2 + 1])
-    _keep(delta_S, chance_S, draws_H.view(np.uint32)[at % 2 :], own_chance, divisor, kept_S)
+    classes, _, _, chances, draws = places
+    chance_S = carray(pointer(chances), (size,), np.float32)
+    chance_S[:] = highest
+    for begin in range(0, size if step != _ZERO else 0, row):
+        _classify(deltas + 4 * begin, classes, row)
+        class_R = carray(pointer(classes), (row,), np.uint16)
+        _compare(class_R, highest, step, carray(pointer(chances + 4 * begin), (row,), np.float32))
+    _draw(key, at // 2, draws, size // 2 + 1)
+    for s in range(size):
+        limit, factor = _limit_and_factor(chance_S[s], own_chance)
+        _keep(deltas, limit, factor, draws + 4 * (at % 2), divisor, kept, s)
 
 
 @compiled_pass
@@ -170,21 +194,21 @@ def rank_combine(
     count = clients_N.size
     group = row * max(1, RANKED // row)
     room = (group + GROUP - 1) // GROUP * GROUP
-    base_store, delta_S, scratch = (
-        np.zeros(room, np.float32),
-        np.empty(group, np.float32),
-        merging_scratch(count, room),
+    base_store, delta_S = np.zeros(room, np.float32), np.empty(group, np.float32)
+    scratch = merging_scratch(count, room)
+    places = places_of(scratch)
+    class_R, count_LK = np.empty(row, np.uint16), np.zeros((LANES, STRIDE), np.uint32)
+    chance_K2, chance_S = np.empty((CLASSES, 2), np.uint32), np.empty(group, np.float32)
+    draws_H = np.empty(group // 2 + 1, np.uint64)
+    ranks = (
+        np.int64(class_R.ctypes.data),
+        np.int64(count_LK.ctypes.data),
+        np.int64(chance_K2.ctypes.data),
+        np.int64(chance_S.ctypes.data),
+        np.int64(draws_H.ctypes.data),
     )
-    kept_NS, places = scratch[0], places_of(scratch)
-    count_LK, chance_K = np.zeros((LANES, STRIDE), np.uint32), np.empty(CLASSES, np.float32)
-    class_R, chance_S, draws_H = (
-        np.empty(row, np.uint16),
-        np.empty(group, np.float32),
-        np.empty(group // 2 + 1, np.uint64),
-    )
-    ranks = class_R, count_LK, chance_K, chance_S, draws_H
     bases, deltas = np.int64(base_store.ctypes.data), np.int64(delta_S.ctypes.data)
-    models = np.int64(clients_N.ctypes.data)
+    models, kept = np.int64(clients_N.ctypes.data), np.int64(scratch[0].ctypes.data)
     how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -195,18 +219,19 @@ def rank_combine(
         load(base, base_code, begin, base_S)
         for n in range(count):
             done = size - size % GROUP
-            load_all(codes_N[n], bases, models + 8 * n, begin, 1, done, deltas, 0)
+            _load_row(codes_N[n], bases, models + 8 * n, begin, 1, done, deltas, 0)
             load_delta(clients_N[n], codes_N[n], begin + done, base_S[done:], delta_S[done:size])
             line = highest_N[n], steps_N[n], own_chance, divisors_N[n]
+            to = kept + 4 * room * n
             if steps_N[n] != _ZERO and row > FEW:
                 for at in range(0, size, row):
-                    _keep_row(delta_S[at : at + row], begin + at, keys_N[n], line, ranks, kept_NS[n, at : at + row])
+                    _keep_row(deltas + 4 * at, row, begin + at, keys_N[n], line, ranks, to + 4 * at)
             else:
-                _keep_short(delta_S[:size], begin, row, keys_N[n], line, ranks, kept_NS[n, :size])
+                _keep_short(deltas, size, begin, row, keys_N[n], line, ranks, to)
         noted = drawn, otherwise, drawn_M.size, draws
         found = merge_rows(base_store, size, how, scratch, places, out, out_code, begin, noted)
         largest, largest_drawn = max(largest, found[0]), max(largest_drawn, found[1])
         tally += found[2]
         draws += found[3]
-    in_use(*scratch)
+    in_use(*scratch, class_R, count_LK, chance_K2, chance_S, draws_H)
     return largest, largest_drawn, tally, draws

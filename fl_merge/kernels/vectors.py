@@ -230,13 +230,14 @@ def adds_models(dtype):
     return add_models
 
 
-def loads_models(dtype, *, deltas=True, wide=False):
+def loads_models(dtype, *, deltas=True, wide=False, ahead=None):
     """rows[n, s] = models[n][s] - bases[s], in float32.
 
     Args:
         dtype: of the models.
         deltas: if false, the models themselves.
         wide: write float64.
+        ahead: so many elements before they are read the next ones are asked for; by default, AHEAD bytes.
 
     Args of what this gives:
         bases: of float32.
@@ -256,7 +257,7 @@ def loads_models(dtype, *, deltas=True, wide=False):
                 offset = builder.mul(builder.add(start, begin), number(width))
                 with clients(builder, count) as client:
                     model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
-                    fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
+                    fetch(builder, builder.add(model, number(AHEAD if ahead is None else ahead * width)), GROUP * width)
                     row = builder.add(rows, builder.mul(stride, client.index))
                     for at, each in zip(parts, base, strict=True):
                         value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)

@@ -178,9 +178,9 @@ def rank_chances(deltas_NS: Tensor, row: int, density_N: Sequence[float], epsilo
 
 
 def keep_by_chance(deltas_NS: Tensor, uniform_NS: Tensor, chance_NS: Tensor, *, rescale: bool) -> Tensor:
-    """The deltas with each element kept with its own probability; kept ones divided by that if `rescale`."""
+    """The deltas with each element kept with its own probability; kept ones times one over that if `rescale`."""
     kept_NS = torch.where(uniform_NS < chance_NS, deltas_NS, 0.0)
-    return kept_NS / chance_NS.to(deltas_NS.dtype) if rescale else kept_NS
+    return kept_NS * (1 / chance_NS.to(deltas_NS.dtype)) if rescale else kept_NS
 
 
 def keep_length(kept_NS: Tensor, norms_2N: Tensor) -> Tensor:
