@@ -163,7 +163,7 @@ def _found(
     bits_R, block_R, nth_R = pieces[0].part.rows.find_cuts(counts_R, low_R, high_R, counted)
     place_R, piece_R = np.full(len(rows), -1, np.int64), np.searchsorted(blocks_P, block_R, side="right")
     piece_R[block_R < 0] = -1
-    for piece in np.unique(piece_R[block_R >= 0]):
+    for piece in np.unique(piece_R[block_R >= 0]).tolist():
         here, at = np.flatnonzero(piece_R == piece), pieces[piece]
         blocks = block_R[here]
         some = at.part.rows.some([rows[row] for row in here])

@@ -7,6 +7,7 @@ wherever a slice begins, and sums over elements are partial sums over fixed bloc
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -139,7 +140,7 @@ def execute(
         sink.begin({name: everything[name] for name in order})
         with worker_pool(threads or os.cpu_count() or 1) as pool:
             share = sum(output.spec.numel for output in outputs) // (_JOBS * (threads or os.cpu_count() or 1))
-            run = _Run(fillers, sink, written, tied, pool, share, on_tensor)
+            run = _Run(fillers, sink, written, tied, pool, share, functools.partial(_release, cohort), on_tensor)
             try:
                 fillers.measure_models(outputs, pool.map)
                 for output in outputs:
@@ -164,6 +165,15 @@ def execute(
         {output.name: output.note for output in outputs if output.note},
         found,
     )
+
+
+def _release(cohort: Cohort, read: Read) -> None:
+    """Let a mapped file go of a tensor that has been read: here many threads do it, at the end it would be one."""
+    if read.of == "tensors":
+        source = cohort.base if read.source == BASE else cohort.updates[read.source].tensors
+        release = getattr(source, "release", None)
+        if release is not None:
+            release(read.name)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -257,6 +267,7 @@ class _Run:
 
     Args:
         share: elements of an output that is small; one of a single slice is too.
+        release: called with what an output has read when that is done.
     """
 
     def __init__(
@@ -267,6 +278,7 @@ class _Run:
         tied: Mapping[str, str],
         pool: ThreadPoolExecutor,
         share: int,
+        release: Callable[[Read], None],
         on_tensor: Callable[[str], None] | None,
     ) -> None:
         self._fillers = fillers
@@ -277,6 +289,7 @@ class _Run:
             self._names[first].append(name)
         self._pool = pool
         self._share = share
+        self._release = release
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
@@ -338,6 +351,8 @@ class _Run:
             self._sink.write(name, start, out_S)
 
     def _done(self, output: Output) -> None:
+        for read in output.reads:
+            self._release(read)
         if self._on_tensor is not None:
             self._on_tensor(output.name)
 

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fl_merge import MergeError
+from fl_merge import MergeError, build
 from fl_merge.errors import DecodeError
-from fl_merge.store import SafetensorsSink, SafetensorsSource, load, save
+from fl_merge.execute import execute
+from fl_merge.store import MemorySink, SafetensorsSink, SafetensorsSource, load, save
 from fl_merge.store import source as module
-from fl_merge.types import TensorSpec
+from fl_merge.types import Cohort, TensorSpec, Update
 
 READS = """
 import sys, torch
@@ -68,14 +70,11 @@ def test_a_tensor_that_is_not_aligned_is_read_right(large, tmp_path, monkeypatch
 
 def refuse_to_map(monkeypatch):
     """As for a file that is larger than the memory."""
-    real = module.safe_open
 
-    def refusing(path, framework):
-        if framework == "pt":
-            raise RuntimeError(f"unable to mmap 9 bytes from file <{path}>: Cannot allocate memory (12)")
-        return real(path, framework=framework)
+    def refusing(path, shared, nbytes):
+        raise RuntimeError(f"unable to mmap {nbytes} bytes from file <{path}>: Cannot allocate memory (12)")
 
-    monkeypatch.setattr(module, "safe_open", refusing)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refusing)
 
 
 @pytest.mark.skipif(not module.NO_RESERVE, reason="Linux")
@@ -93,6 +92,51 @@ def test_a_file_that_is_cut_off_after_it_was_opened_is_an_error_and_not_the_end(
     os.truncate(tmp_path / "model.safetensors", 100)
     with pytest.raises(DecodeError, match=r"has 100 bytes, had 40,\d\d\d when it was opened$"):
         source.read("w")
+
+
+def resident(path):
+    """Bytes of a mapped file that are in this process's memory."""
+    text, ours = Path("/proc/self/smaps").read_text().splitlines(), False
+    total = 0
+    for line in text:
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+@pytest.mark.parametrize("large", [False, True])
+def test_a_tensor_that_is_released_leaves_the_memory_and_can_be_read_again(large, tmp_path, monkeypatch):
+    if large:
+        refuse_to_map(monkeypatch)
+    file = tmp_path.resolve() / "model.safetensors"
+    tensors = {name: torch.randn(1_000_003) for name in "abc"}
+    save(tensors, tmp_path)
+    source = SafetensorsSource(tmp_path)
+    views = {name: source.read(name) for name in tensors}
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors)
+    everything = resident(file)
+    source.release("b")
+    assert everything > 12_000_000
+    assert everything - 4_100_000 < resident(file) < everything - 3_900_000
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors)
+    for name in tensors:
+        source.release(name)
+    del views
+    assert all(torch.equal(source.read(name), tensors[name]) for name in tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+def test_a_merge_lets_go_of_what_it_has_read(tmp_path):
+    save({"w": torch.zeros(1_000_000)}, tmp_path / "base")
+    save({"w": torch.ones(1_000_000)}, tmp_path / "client")
+    base, client = (SafetensorsSource(tmp_path / name) for name in ("base", "client"))
+    sink = MemorySink()
+    execute(build("weighted_average"), Cohort(base, (Update("c", 1.0, client),)), sink)
+    assert float(sink.tensors["w"].mean()) == 1.0
+    assert resident(tmp_path.resolve() / "client" / "model.safetensors") < 200_000
 
 
 def test_specs_are_made_once(tmp_path):

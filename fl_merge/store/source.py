@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -12,7 +13,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,6 +78,11 @@ class SafetensorsSource:
         """
         return self._where[name].read(name)
 
+    def release(self, name: str) -> None:
+        """Say that a tensor will not be read for now: what is mapped of it need not stay in this process. A tensor that
+        has been read stays valid, and comes from the file again when it is touched."""
+        self._where[name].release(name)
+
     def aliases(self) -> Mapping[str, str]:
         """None: the format stores each tensor once."""
         return {}
@@ -88,65 +94,82 @@ class _File:
     def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
         self._path = path
         try:
-            found = os.fstat(held.enter_context(open(path, "rb")).fileno())  # noqa: SIM115
+            file = held.enter_context(open(path, "rb"))  # noqa: SIM115
+            found = os.fstat(file.fileno())
             self._identity, self._size = (found.st_dev, found.st_ino), found.st_size
-            self._handle, self._large = _mapped(path)
-            self.specs = {name: self._spec(name) for name in self._handle.keys()}  # noqa: SIM118 (not a dict)
+            handle: Any = safe_open(path, framework="numpy")
+            self.specs = {name: _spec(handle, name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            (length,) = struct.unpack("<Q", file.read(8))
+            self._start, at = {}, 8 + length
+            for name in handle.offset_keys():  # in the order of their places, without holes: the library checks that
+                self._start[name] = at
+                at += self.specs[name].nbytes
+            self._map = _mapped(path, self._size)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise DecodeError(f"'{path}' is not a readable safetensors file: {error}") from error
-
-    def _spec(self, name: str) -> TensorSpec:
-        piece = self._handle.get_slice(name)
-        found = piece.get_dtype()
-        if found not in DTYPES:
-            raise DecodeError(f"dtype {found} is not supported ({', '.join(sorted(DTYPES))})", tensor=name)
-        return TensorSpec(tuple(piece.get_shape()), DTYPES[found])
 
     def read(self, name: str) -> Tensor:
         with contextlib.suppress(FileNotFoundError):  # one that was removed stays readable, and so does one replaced
             now = self._path.stat()
             if (now.st_dev, now.st_ino) == self._identity and now.st_size < self._size:
                 raise DecodeError(f"'{self._path}' has {now.st_size:,} bytes, had {self._size:,} when it was opened")
-        tensor: Tensor = self._handle.get_tensor(name) if self._large is None else self._large.read(name)
-        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+        spec, start = self.specs[name], self._start[name]
+        if not spec.numel:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        if (self._map.address + start) % spec.dtype.itemsize:
+            as_bytes = torch.frombuffer(self._map.buffer, dtype=torch.uint8, count=spec.nbytes, offset=start)
+            return as_bytes.clone().view(spec.dtype).view(spec.shape)
+        return torch.frombuffer(self._map.buffer, dtype=spec.dtype, count=spec.numel, offset=start).view(spec.shape)
+
+    def release(self, name: str) -> None:
+        start = self._start[name]
+        first, end = -(-start // mmap.PAGESIZE), (start + self.specs[name].nbytes) // mmap.PAGESIZE
+        if first < end and _DROP is not None:  # whole pages: others stand on the rest of the first and the last
+            _DROP(self._map.address + first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE, mmap.MADV_DONTNEED)
 
 
-def _mapped(path: Path) -> tuple[Any, _LargeFile | None]:
+def _spec(handle: Any, name: str) -> TensorSpec:
+    piece = handle.get_slice(name)
+    found = piece.get_dtype()
+    if found not in DTYPES:
+        raise DecodeError(f"dtype {found} is not supported ({', '.join(sorted(DTYPES))})", tensor=name)
+    return TensorSpec(tuple(piece.get_shape()), DTYPES[found])
+
+
+def _drop() -> Any:
+    """Linux's `madvise`, which a mapping that torch has made does not offer."""
+    if sys.platform != "linux":
+        return None
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return call
+
+
+_DROP = _drop()
+
+
+class _Map(NamedTuple):
+    """A mapped file: what torch takes views of, and where it begins."""
+
+    buffer: Any
+    address: int
+
+
+def _mapped(path: Path, size: int) -> _Map:
     try:
-        return safe_open(path, framework="pt"), None
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     except RuntimeError as error:
         if os.strerror(errno.ENOMEM) not in str(error) or not NO_RESERVE:
             raise
-    # torch maps files so that they could be written to, for which Linux wants as much memory as they are long.
-    handle = safe_open(path, framework="numpy")
-    return handle, _LargeFile(path, handle)
-
-
-class _LargeFile:
-    """A file that is larger than the memory, mapped without a claim to any.
-
-    For others this would do too, but that each keeps a file descriptor, of which a process may have only some 1000.
-    """
-
-    def __init__(self, path: Path, handle: Any) -> None:
+        # torch maps files so that they could be written to, for which Linux wants as much memory as they are long. This
+        # does without; for other files it would do too, but that each keeps a file descriptor, of which a process may
+        # have only some 1000.
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            self._map = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | NO_RESERVE)
-        self._specs, self._start, at = {}, {}, 8 + length
-        for name in handle.offset_keys():  # in the order of their places, without holes: the library has checked that
-            piece = handle.get_slice(name)
-            spec = TensorSpec(tuple(piece.get_shape()), DTYPES.get(piece.get_dtype(), torch.uint8))
-            self._specs[name], self._start[name] = spec, at
-            at += spec.nbytes
-
-    def read(self, name: str) -> Tensor:
-        spec = self._specs[name]
-        if not spec.numel:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        as_bytes = torch.frombuffer(self._map, dtype=torch.uint8, count=spec.nbytes, offset=self._start[name])
-        if as_bytes.data_ptr() % spec.dtype.itemsize:
-            as_bytes = as_bytes.clone()
-        return as_bytes.view(spec.dtype).view(spec.shape)
+            mapping = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | NO_RESERVE)
+        return _Map(mapping, ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
+    buffer = (ctypes.c_char * size).from_address(storage.data_ptr())
+    buffer.storage = storage  # type: ignore[attr-defined]  # lives as long as a tensor that looks into it
+    return _Map(buffer, storage.data_ptr())
 
 
 def _opened(path: Path, held: contextlib.ExitStack) -> dict[str, _File]:
