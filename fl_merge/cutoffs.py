@@ -163,10 +163,10 @@ def _found(
     bits_R, block_R, nth_R = pieces[0].part.rows.find_cuts(counts_R, low_R, high_R, counted)
     place_R, piece_R = np.full(len(rows), -1, np.int64), np.searchsorted(blocks_P, block_R, side="right")
     piece_R[block_R < 0] = -1
-    for piece in np.unique(piece_R[block_R >= 0]).tolist():
+    for piece in map(int, np.unique(piece_R[block_R >= 0])):
         here, at = np.flatnonzero(piece_R == piece), pieces[piece]
         blocks = block_R[here]
-        some = at.part.rows.some([rows[row] for row in here])
+        some = at.part.rows.some([rows[row] for row in here.tolist()])
         limits = counted.starts_X[blocks], counted.stops_X[blocks]
         place_R[here] = at.part.offset + some.nth_equals(*limits, bits_R[here], nth_R[here])
     return bits_R.view(np.float32), place_R
