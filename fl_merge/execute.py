@@ -353,6 +353,10 @@ class _Run:
     def _done(self, output: Output) -> None:
         for read in output.reads:
             self._release(read)
+        let_go = getattr(self._sink, "release", None)
+        if let_go is not None:
+            for name in self._names[output.name]:
+                let_go(name)
         if self._on_tensor is not None:
             self._on_tensor(output.name)
 

@@ -271,6 +271,22 @@ def test_what_is_written_down_of_a_delta_has_a_limit(monkeypatch):
     assert len(kept) > len(range(0, size, 65_536))  # it was gone through again
 
 
+def test_nothing_is_compiled_while_a_merge_runs(monkeypatch):
+    """All passes are compiled when they are loaded, with the notice: a merge may not meet new types of arguments."""
+    module = kernels.load()
+    assert module is not None
+    passes = [getattr(module, name) for name in module.__all__ if hasattr(getattr(module, name), "signatures")]
+    known = [len(each.signatures) for each in passes]
+    monkeypatch.setattr("fl_merge.kernels.rows.ROOM", -4_000)  # hardly any: what is between does not find it at once
+    draw = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(70_000, generator=draw).bfloat16(), "m": torch.randn(300, 70, generator=draw).bfloat16()}
+    updates = [{name: tensor + 0.1 * torch.randn(tensor.shape).bfloat16() for name, tensor in base.items()}] * 5
+    for method in METHODS_AND_SETTINGS:
+        for slice_elements in (16_384, None):
+            merge(method, base, updates, slice_elements=slice_elements)
+    assert [len(each.signatures) for each in passes] == known
+
+
 def test_a_draws_value_that_does_not_fit_is_no_error_if_the_other_sign_wins():
     base = {"w": torch.tensor([65472.0, *[0.0] * 9]).half()}
     updates = [{"w": torch.tensor([value, *[-1.0] * 9]).half()} for value in (65504.0, 65440.0)]

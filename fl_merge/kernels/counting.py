@@ -88,6 +88,7 @@ def magnitudes_between(
     kind,
     numbers_2N,
     rows_R,
+    first,
     start,
     stop,
     low_R,
@@ -104,7 +105,8 @@ def magnitudes_between(
     Args:
         rows_R: which rows; the same one may be there twice.
         above_R, between_R: are added to.
-        marks_RM: takes `between_R` as it is at the beginning of each MARKED elements from `start` on.
+        first: where the piece begins; a call that goes on starts a multiple of MARKED further.
+        marks_RM: takes `between_R` as it is at the beginning of each MARKED elements from `first` on.
         found_RM, used_R: take what is between and written down, in order, and count it.
 
     Returns:
@@ -115,14 +117,14 @@ def magnitudes_between(
     native = kind == DELTAS and one_dtype(codes_N)
     base_B, rest_B = np.zeros(MARKED, np.float32), np.empty(GROUP, np.float32)
     width = WIDTHS[codes_N[0]] if native else 4
-    bases, first = np.int64(base_B.ctypes.data), np.int64(found_RM.ctypes.data)
+    bases, founds = np.int64(base_B.ctypes.data), np.int64(found_RM.ctypes.data)
     step = MARKED if native else BLOCK
     for begin in range(start, stop, step):
         size = min(step, stop - begin)
         if (begin - start) % MARKED == 0:
             if used_R.max() + MARKED + WIDE > found_RM.shape[1]:
                 return begin
-            marks_RM[:, np.uint64((begin - start) // MARKED)] = between_R
+            marks_RM[:, np.uint64((begin - first) // MARKED)] = between_R
         if native:
             load(base, base_code, begin, base_B[:size])
         else:
@@ -137,7 +139,7 @@ def magnitudes_between(
                 code, address = codes_N[row], clients_N[row] + width * begin
             else:
                 code, address = FLOAT32, score_NB[row].ctypes.data
-            found = first + 4 * (r * found_RM.shape[1] + used_R[r])
+            found = founds + 4 * (r * found_RM.shape[1] + used_R[r])
             above, between = compare_models(code, bases, address, low_R[r], beyond, whole, found, listed)
             used_R[r] += between * listed
             if whole < size:

@@ -51,7 +51,7 @@ def _each_kept(builder, dtype, where, limits, begin, base):
 
     Args:
         where: models, start, count.
-        limits: arrays, by client, of the least magnitude that is kept, and of the least one that is not.
+        limits: arrays, by client, of the least magnitude that is kept, and perhaps of the least larger one that is not.
         begin, base: of the elements.
     """
     _, width = dtype
@@ -61,13 +61,17 @@ def _each_kept(builder, dtype, where, limits, begin, base):
         model = builder.add(load(builder, place_of(builder, models, client.index, WORD), WORD), offset)
         fetch(builder, builder.add(model, number(AHEAD)), PAIR * width)
         # Bits of magnitudes have their order; what is below the least is far above all when that is taken from it.
-        least, most = (builder.bitcast(_part_of(builder, numbers, client.index), BITS) for numbers in limits)
-        width_of_kept = builder.sub(most, least)
+        least, *most = (builder.bitcast(_part_of(builder, numbers, client.index), BITS) for numbers in limits)
+        width_of_kept = builder.sub(most[0], least) if most else None
         found = []
         for value, each in zip(read_pair(builder, dtype, model), base, strict=True):
             delta = builder.fsub(value, each)
             magnitude = builder.and_(builder.bitcast(delta, BITS), MAGNITUDES)
-            found.append((builder.icmp_unsigned("<", builder.sub(magnitude, least), width_of_kept), delta))
+            if width_of_kept is None:
+                kept = builder.icmp_unsigned(">=", magnitude, least)
+            else:
+                kept = builder.icmp_unsigned("<", builder.sub(magnitude, least), width_of_kept)
+            found.append((kept, delta))
         yield client.index, found
 
 
@@ -115,7 +119,7 @@ def sums_kept(dtype):
     return sum_kept
 
 
-def elects_kept(dtype, *, by):
+def elects_kept(dtype, *, by, middle=False):
     """Elect the sign of each element. Then out[s] = added[s] + scale * the sum of kept[n] * weights[n] (`kept` as
     `sums_kept` has it) over the clients whose delta has that sign; if wanted, that sum over their weights, and 0 where
     these are 0.
@@ -126,6 +130,7 @@ def elects_kept(dtype, *, by):
         dtype: of the models.
         by: what is summed up to elect a sign: kept[n] * weights[n] ("total"), kept[n] ("sum"), or the signs of kept[n]
             ("frequency").
+        middle: whether `tops` are looked at.
 
     Args of what this gives:
         limits: above 0.
@@ -160,13 +165,14 @@ def elects_kept(dtype, *, by):
             bases, models, start, count, limits, tops, weights, *behind = arguments
             added, scale, normalize, size, out, others, their_weights, draws = behind
             where, scale = (models, start, count), everywhere(builder, scale)
+            both = (limits, tops) if middle else (limits,)
             tally, drawn, largest = registers(builder, [number(0), number(0), _NO_BITS])
             with groups(builder, size, PAIR) as group:
                 begin = builder.mul(group.index, number(PAIR))
                 base = as_pair(builder, dtype, place_of(builder, bases, begin, FLOAT))
                 votes, up, up_weights, down, down_weights = (registers(builder, [_ZERO, _ZERO]) for _ in range(5))
                 moves = registers(builder, [_NO_LANES, _NO_LANES])
-                with _each_kept(builder, dtype, where, (limits, tops), begin, base) as (client, found):
+                with _each_kept(builder, dtype, where, both, begin, base) as (client, found):
                     weight = _part_of(builder, weights, client)
                     for half, (kept, delta) in enumerate(found):
                         plus, minus = (builder.and_(kept, builder.fcmp_ordered(than, delta, _ZERO)) for than in "><")

@@ -47,6 +47,9 @@ _LEAST = np.nextafter(_ZERO, _ONE)
 _add_models = by_dtype(vectors.adds_models)
 _sum_kept = by_dtype(elections.sums_kept)
 _elect_by_total, _elect_by_number = (by_dtype(elections.elects_kept, by=how) for how in ("total", "frequency"))
+_elect_middle_by_total, _elect_middle_by_number = (
+    by_dtype(elections.elects_kept, by=how, middle=True) for how in ("total", "frequency")
+)
 _elect_by_sum = elections.elects_kept(vectors.FLOAT32, by="sum")  # of rows only
 
 
@@ -87,22 +90,21 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
 @compiled_part
 def merging_scratch(count, room):
     """Arrays for `merge_rows`: kept deltas; merged values, those of clients that have a minus, the weights of these,
-    and zeros; which elections are draws; where the rows are; and limits where there are none."""
+    and zeros; which elections are draws; where the rows are; and limits that keep all but 0."""
     delta_NG, result_4G = np.zeros((count, room), np.float32), np.zeros((4, room), np.float32)
-    rows_N, limits_2N = np.empty(count, np.int64), np.empty((2, count), np.float32)
+    rows_N, limits_N = np.empty(count, np.int64), np.full(count, _LEAST, np.float32)
     rows_N[:] = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
-    limits_2N[0], limits_2N[1] = _LEAST, np.nan
-    return delta_NG, result_4G, np.empty(room // PAIR, np.uint64), rows_N, limits_2N
+    return delta_NG, result_4G, np.empty(room // PAIR, np.uint64), rows_N, limits_N
 
 
 @compiled_part
 def places_of(scratch):
     """Addresses of what `merging_scratch` gives. The arrays must be in use where these are."""
-    delta_NG, result_4G, drawn_X, rows_N, limits_2N = scratch
+    delta_NG, result_4G, drawn_X, rows_N, limits_N = scratch
     count, room = delta_NG.shape
-    result, limits = np.int64(result_4G.ctypes.data), np.int64(limits_2N.ctypes.data)
+    result, limits = np.int64(result_4G.ctypes.data), np.int64(limits_N.ctypes.data)
     results = result, result + 4 * room, result + 8 * room, np.int64(drawn_X.ctypes.data)
-    rows = np.int64(delta_NG.ctypes.data), 4 * room, np.int64(rows_N.ctypes.data), count, limits, limits + 4 * count
+    rows = np.int64(delta_NG.ctypes.data), 4 * room, np.int64(rows_N.ctypes.data), count, limits
     return rows, results, result + 12 * room
 
 
@@ -125,13 +127,18 @@ def _elected(code, bases, models, start, count, limits, tops, added, size, how, 
     Returns:
         What `merge_rows` does.
     """
-    weights, elect_by, normalize, scale = how
+    weights, elect_by, normalize, scale, middle = how
     values, others, shares, drawn = results
     given = models, start, count, limits, tops, weights, added, scale, normalize, size, *results
     if elect_by == ELECT_FREQUENCY:
-        won, here, most = _elect_by_number(code, bases, *given)
+        if middle:
+            won, here, most = _elect_middle_by_number(code, bases, *given)
+        else:
+            won, here, most = _elect_by_number(code, bases, *given)
     elif elect_by == ELECT_SUM:
         won, here, most = _elect_by_sum(bases, *given)
+    elif middle:
+        won, here, most = _elect_middle_by_total(code, bases, *given)
     else:
         won, here, most = _elect_by_total(code, bases, *given)
     store(carray(pointer(values), (size,), np.float32), out, out_code, begin)
@@ -170,15 +177,15 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
 
     Args:
         base_G: in whole groups; what is behind `size` becomes 0, in the rows too.
-        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`.
+        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`, and false.
         scratch, places: of `merging_scratch`, with the deltas, and of `places_of`.
         noted: the addresses of drawn_M and otherwise_M, their size, and how many draws there have been.
 
     Returns:
         What `prune_combine` does, of these elements.
     """
-    weights, elect_by, _, scale = how
-    (rows, stride, models, count, limits, tops), results, zeros = places
+    weights, elect_by, _, scale, _ = how
+    (rows, stride, models, count, limits), results, zeros = places
     bases = np.int64(base_G.ctypes.data)
     if elect_by == ELECT_NONE:
         add_weighted(rows, stride, count, weights, bases, scale, size, results[0])
@@ -187,7 +194,7 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
     if size % PAIR:
         scratch[0][:, size:] = _ZERO
         base_G[size:] = _ZERO
-    where = zeros, models, 0, count, limits, tops, bases
+    where = zeros, models, 0, count, limits, limits, bases
     return _elected(FLOAT32, *where, size, how, results, out, out_code, begin, noted)
 
 
@@ -269,12 +276,13 @@ def prune_combine(
     block = BLOCK if native else _BLOCK
     scratch, base_store = merging_scratch(count, block), np.zeros(block, np.float32)
     delta_NB, places = scratch[0], places_of(scratch)
-    (rows, stride, _, _, _, _), results, _ = places
+    (rows, stride, _, _, _), results, _ = places
     value_B = scratch[1][0]
     limit_N, top_N = np.empty(count, np.float32), np.full(count, np.nan, np.float32)
     limits, tops = np.int64(limit_N.ctypes.data), np.int64(top_N.ctypes.data)
     models, weights = np.int64(clients_N.ctypes.data), np.int64(weights_N.ctypes.data)
-    bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale)
+    bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale, False)
+    how_native = weights, elect_by, normalize, scale, prune == KEEP_MIDDLE
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     least = _ZERO if elect_by == ELECT_NONE else _LEAST
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -299,7 +307,7 @@ def prune_combine(
                 _sum_kept(codes_N[0], *where, weights, bases, scale, size, results[0])
                 found = store(value_B[:size], out, out_code, begin), np.uint32(0), 0, 0
             else:
-                found = _elected(codes_N[0], *where, bases, size, how, results, out, out_code, begin, noted)
+                found = _elected(codes_N[0], *where, bases, size, how_native, results, out, out_code, begin, noted)
         else:
             if prune == KEEP_VARYING:
                 cut = thresholds_N[0], above_N[0], last_N[0]

@@ -209,7 +209,7 @@ def rank_combine(
     )
     bases, deltas = np.int64(base_store.ctypes.data), np.int64(delta_S.ctypes.data)
     models, kept = np.int64(clients_N.ctypes.data), np.int64(scratch[0].ctypes.data)
-    how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale
+    how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale, False
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0

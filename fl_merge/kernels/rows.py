@@ -113,9 +113,8 @@ class Rows:
         found_RM = np.empty((rows, min(expected, ROOM) + 2 * block), np.uint32)
         begin = start
         while True:
-            where = *self._scored, self._rows_R, begin, stop
-            totals = above_R, between_R, marks_RX[:, (begin - start) // block :]
-            begin = self._kernels.magnitudes_between(*where, *limits_R, *totals, found_RM, used_R)
+            where = *self._scored, self._rows_R, start, begin, stop
+            begin = self._kernels.magnitudes_between(*where, *limits_R, above_R, between_R, marks_RX, found_RM, used_R)
             full_R = used_R > room
             # What is between in these has no meaning from here on; nothing more is written down.
             limits_R[0][full_R] = limits_R[1][full_R]

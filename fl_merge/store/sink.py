@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -129,6 +130,10 @@ class SafetensorsSink:
         if shard is None:
             raise MergeError(f"'{self._folder}': tensor '{name}' is not among those that were begun")
         return shard.place(name)
+
+    def release(self, name: str) -> None:
+        """Say that a tensor has been written: what is mapped of it need not stay in this process."""
+        self._place[name].release(name)
 
     def finish(self) -> None:
         """Give the files their final names, the index last, and remove the model that it replaces.
@@ -266,6 +271,12 @@ class _Shard:
             return torch.empty(0, dtype=spec.dtype)
         assert self._map is not None
         return torch.frombuffer(self._map, dtype=spec.dtype, count=spec.numel, offset=self._start[name])
+
+    def release(self, name: str) -> None:
+        start = self._start[name]
+        first, end = -(-start // mmap.PAGESIZE), (start + self._specs[name].nbytes) // mmap.PAGESIZE
+        if first < end and self._map is not None and sys.platform == "linux":  # there it is written to the file anyway
+            self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
 
     def close(self) -> None:
         """Let go of the mapping, which ends with the last tensor that looks into it."""
