@@ -262,6 +262,46 @@ def _quick_switches() -> Iterator[None]:
                 sys.setswitchinterval(before)
 
 
+class _Rooms:
+    """Where outputs are filled that are written when they are whole: room in memory that is used again and again.
+
+    Args:
+        written: what is written.
+        whole_bytes: no larger output is filled here, and none if this is 0.
+    """
+
+    def __init__(self, written: Mapping[str, TensorSpec], whole_bytes: int) -> None:
+        self._written = written
+        self._bytes = whole_bytes
+        self._rooms: dict[str, torch.Tensor] = {}
+        self._spare: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def has(self, name: str) -> bool:
+        """Whether an output is filled here."""
+        return 0 < self._written[name].nbytes <= self._bytes
+
+    def place(self, name: str) -> torch.Tensor | None:
+        """The whole output, flattened; None if it is not filled here."""
+        if not self.has(name):
+            return None
+        spec = self._written[name]
+        with self._lock:
+            if name not in self._rooms:
+                self._rooms[name] = self._spare.pop() if self._spare else torch.empty(self._bytes, dtype=torch.uint8)
+            return self._rooms[name][: spec.nbytes].view(spec.dtype)
+
+    def hand_over(self, name: str, write: Callable[[torch.Tensor], None]) -> None:
+        """Write an output that has been filled here, if it has."""
+        if self.has(name):
+            spec = self._written[name]
+            with self._lock:
+                room = self._rooms.pop(name)
+            write(room[: spec.nbytes].view(spec.dtype))
+            with self._lock:
+                self._spare.append(room)
+
+
 class _Run:
     """The work on the outputs of one merge: small ones as one job each, large ones slice by slice.
 
@@ -293,6 +333,7 @@ class _Run:
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
+        self._rooms = _Rooms(written, getattr(sink, "whole_bytes", 0))
 
     def begin(self, output: Output) -> None:
         """Start the work on an output. What has to be known of a large one before is worked out by all threads."""
@@ -337,7 +378,9 @@ class _Run:
 
     def _fill(self, filler: Filler, output: Output, start: int, stop: int, *, again: bool = False) -> None:
         names = self._names[output.name]
-        place_S = self._sink.place(names[0])
+        place_S = self._rooms.place(output.name)
+        if place_S is None:
+            place_S = self._sink.place(names[0])
         out_S = (
             place_S[start:stop]
             if place_S is not None
@@ -347,12 +390,18 @@ class _Run:
             filler.refill(start, stop, out_S, filled=place_S is not None)
         else:
             filler.fill(start, stop, out_S)
-        for name in names if place_S is None else names[1:]:
-            self._sink.write(name, start, out_S)
+        if not self._rooms.has(output.name):
+            for name in names if place_S is None else names[1:]:
+                self._sink.write(name, start, out_S)
+
+    def _write(self, output_name: str, filled_S: torch.Tensor) -> None:
+        for name in self._names[output_name]:
+            self._sink.write(name, 0, filled_S)
 
     def _done(self, output: Output) -> None:
         for read in output.reads:
             self._release(read)
+        self._rooms.hand_over(output.name, functools.partial(self._write, output.name))
         let_go = getattr(self._sink, "release", None)
         if let_go is not None:
             for name in self._names[output.name]:

@@ -13,7 +13,7 @@ from fl_merge.execute import SWITCH_SECONDS, execute, merged_specs, worker_pool
 from fl_merge.methods import slerp, task_arithmetic, ties, weighted_average
 from fl_merge.ops.combine import weighted_sum
 from fl_merge.shapes import WeightedSum
-from fl_merge.store import MemorySink, MemorySource
+from fl_merge.store import MemorySink, MemorySource, SafetensorsSink, load
 from fl_merge.types import BASE, Cohort, CohortSpec, Output, Read, TensorSpec, Update, Whole
 
 
@@ -574,3 +574,17 @@ def test_threads_wait_as_long_for_one_another_after_a_merge_as_before():
             assert sys.getswitchinterval() == SWITCH_SECONDS
         assert sys.getswitchinterval() == SWITCH_SECONDS
     assert sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize("whole_bytes", [0, 1000, 1 << 24])
+def test_written_whole_or_through_the_mapping_the_bytes_are_the_same(tmp_path, whole_bytes):
+    draw = torch.Generator().manual_seed(0)
+    base = {f"w{size}": torch.randn(size, generator=draw) for size in (0, 1, 250, 251, 40_000)}
+    update = {name: tensor + torch.randn(tensor.shape, generator=draw) for name, tensor in base.items()}
+    cohort = Cohort(MemorySource(base), (Update("a", 1.0, MemorySource(update)),))
+    memory, sink = MemorySink(), SafetensorsSink(tmp_path)
+    sink.whole_bytes = whole_bytes
+    execute(weighted_average(), cohort, memory)
+    execute(weighted_average(), cohort, sink, threads=2, slice_elements=16_384)
+    found = load(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in memory.tensors.items())

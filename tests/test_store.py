@@ -185,19 +185,23 @@ class InterruptedMergeError(Exception):
     pass
 
 
-def interrupted_merge(folder, after):
-    """A merge into the folder that fails once so many tensors have been asked for to be written to."""
+def interrupted_merge(folder, after, mapped=False):
+    """A merge into the folder that fails once so many tensors have been written, or asked for to be written to."""
     sink = SafetensorsSink(folder, max_shard_bytes=80)
+    if mapped:
+        sink.whole_bytes = 0
     asked = []
-    real_place = sink.place
 
-    def place(name):
-        if len(asked) == after:
-            raise InterruptedMergeError
-        asked.append(name)
-        return real_place(name)
+    def counted(real):
+        def call(*arguments):
+            if len(asked) == after:
+                raise InterruptedMergeError
+            asked.append(arguments)
+            return real(*arguments)
 
-    sink.place = place
+        return call
+
+    sink.place, sink.write = counted(sink.place), counted(sink.write)
     source = MemorySource({name: tensor + 1 for name, tensor in MODEL.items()})
     with pytest.raises(InterruptedMergeError):
         execute(weighted_average(), Cohort(source, (Update("0", 1.0, source),)), sink, threads=1)
@@ -205,10 +209,11 @@ def interrupted_merge(folder, after):
 
 @pytest.mark.parametrize("after", [0, 3, 5])
 @pytest.mark.parametrize("old_shard_bytes", [80, 10**9])
-def test_a_failure_half_way_leaves_the_old_model_and_no_temporary_file(tmp_path, after, old_shard_bytes):
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_failure_half_way_leaves_the_old_model_and_no_temporary_file(tmp_path, after, old_shard_bytes, mapped):
     save(MODEL, tmp_path, max_shard_bytes=old_shard_bytes)
     before = names_in(tmp_path)
-    interrupted_merge(tmp_path, after)
+    interrupted_merge(tmp_path, after, mapped)
     assert names_in(tmp_path) == before
     assert same(load(tmp_path), MODEL)
 

@@ -21,6 +21,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,16 @@ class SafetensorsSink:
 
     All or nothing against a process that is killed, not against a loss of power: there is no fsync.
 
+    A tensor up to `whole_bytes` is better written at once than through the mapping: the system then has to find room in
+    memory for many pages together, and has none to clear before.
+
     Args:
         folder: made if it is not there; a model of the same names in it is replaced when the new one is whole.
         max_shard_bytes: a larger model is cut into shards (a larger tensor still stays in one piece).
         metadata: text to store in the header of each file.
     """
+
+    whole_bytes = 1 << 24
 
     def __init__(
         self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, metadata: Mapping[str, str] | None = None
@@ -122,14 +128,17 @@ class SafetensorsSink:
 
     def write(self, name: str, start: int, values_S: Tensor) -> None:
         """Elements from `start` on, to their place in the file."""
-        self.place(name)[start : start + values_S.numel()] = values_S
+        self._shard(name).write(name, start, values_S)
 
     def place(self, name: str) -> Tensor:
         """A view of the mapped file."""
+        return self._shard(name).place(name)
+
+    def _shard(self, name: str) -> _Shard:
         shard = self._place.get(name)
         if shard is None:
             raise MergeError(f"'{self._folder}': tensor '{name}' is not among those that were begun")
-        return shard.place(name)
+        return shard
 
     def release(self, name: str) -> None:
         """Say that a tensor has been written: what is mapped of it need not stay in this process."""
@@ -252,6 +261,7 @@ class _Shard:
         self._specs = specs
         self._head, self._start, self.data_bytes = layout(specs, metadata)
         self._map: mmap.mmap | None = None
+        self._file: int | None = None
 
     def create(self) -> None:
         try:
@@ -262,6 +272,19 @@ class _Shard:
                     fill(file.fileno(), 0, size)
                 self._map = mmap.mmap(file.fileno(), 0)
                 self._map[: len(self._head)] = self._head
+                self._file = os.dup(file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.final, self.data_bytes, error) from error
+
+    def write(self, name: str, start: int, values_S: Tensor) -> None:
+        assert self._file is not None
+        as_bytes: Any = values_S.contiguous().view(-1).view(torch.uint8).numpy()
+        left = memoryview(as_bytes)
+        at = self._start[name] + start * values_S.element_size()
+        try:
+            while len(left):
+                written = os.pwrite(self._file, left, at)
+                left, at = left[written:], at + written
         except OSError as error:
             raise _cannot_write(self.final, self.data_bytes, error) from error
 
@@ -281,3 +304,6 @@ class _Shard:
     def close(self) -> None:
         """Let go of the mapping, which ends with the last tensor that looks into it."""
         self._map = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
