@@ -224,8 +224,7 @@ def by_dtype(make, **how):
 
 load_all = by_dtype(vectors.loads_models)
 compare_models, pair_up = by_dtype(vectors.compares_models), by_dtype(vectors.pairs_up)
-load_wide_models = by_dtype(vectors.loads_models, deltas=False, wide=True)
-load_wide_deltas = by_dtype(vectors.loads_models, wide=True)
+load_all_models = by_dtype(vectors.loads_models, deltas=False)
 
 
 @compiled_part

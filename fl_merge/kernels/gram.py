@@ -17,9 +17,9 @@ from fl_merge.kernels.blocks import (
     compiled_part,
     compiled_pass,
     load,
+    load_all,
+    load_all_models,
     load_delta,
-    load_wide_deltas,
-    load_wide_models,
     one_dtype,
     sum_by_halves,
     sum_of_lanes,
@@ -28,8 +28,8 @@ from fl_merge.kernels.blocks import (
 LANES, GROUP, BLOCK = 16, 1024, 16384
 """As `ops.gram` has them."""
 
-_CHUNK = 256
-"""Elements that are worked on at a time: those of eight clients, in float64, take half of the fastest cache."""
+_CHUNK = 512
+"""Elements that are worked on at a time: those of eight clients take half of the fastest cache."""
 
 _SIDE, _WIDE = 4, 8
 """Clients of a tile, whose pairs' sums are kept in registers together, and how many lanes of each."""
@@ -42,8 +42,8 @@ def _adder(pairs):
     """sums[pair, l] += sum over steps of rows[r, step, l] * columns[c, step, l], one step after the other.
 
     Args of what this gives:
-        rows, columns: addresses of _SIDE vectors of float64, `stride` bytes apart; each has `steps` times LANES
-            elements.
+        rows, columns: addresses of _SIDE vectors of float32, `stride` bytes apart; each has `steps` times LANES
+            elements. They are widened as they are read: other units do that than multiply.
         sums: the address of (len(pairs), LANES) float64.
     """
 
@@ -52,6 +52,7 @@ def _adder(pairs):
         def emit(context, builder, signature, arguments):
             rows, columns, stride, steps, sums = arguments
             word, vector = ir.IntType(64), ir.VectorType(ir.DoubleType(), _WIDE)
+            narrow = ir.VectorType(ir.FloatType(), _WIDE)
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{_WIDE}f64"
             )
@@ -59,8 +60,8 @@ def _adder(pairs):
             def number(value):
                 return ir.Constant(word, value)
 
-            def at(address):
-                return builder.inttoptr(address, vector.as_pointer())
+            def at(address, kind=vector):
+                return builder.inttoptr(address, kind.as_pointer())
 
             for first in range(0, LANES, _WIDE):
                 places = [builder.add(sums, number(8 * (LANES * pair + first))) for pair in range(len(pairs))]
@@ -68,11 +69,12 @@ def _adder(pairs):
                 for place, sum_L in zip(places, kept, strict=True):
                     builder.store(builder.load(at(place), align=8), sum_L)
                 with cgutils.for_range(builder, steps, intp=word) as loop:
-                    offset = builder.add(builder.mul(loop.index, number(8 * LANES)), number(8 * first))
+                    offset = builder.add(builder.mul(loop.index, number(4 * LANES)), number(4 * first))
 
                     def four(start, offset=offset):
                         starts = (builder.add(start, builder.mul(stride, number(n))) for n in range(_SIDE))
-                        return [builder.load(at(builder.add(each, offset)), align=8) for each in starts]
+                        numbers = (builder.load(at(builder.add(each, offset), narrow), align=4) for each in starts)
+                        return [builder.fpext(each, vector) for each in numbers]
 
                     left = four(rows)
                     right = left if pairs is _TRIANGLE else four(columns)
@@ -101,11 +103,11 @@ def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
     padded = (count + _SIDE - 1) // _SIDE * _SIDE
     sides = padded // _SIDE
     base_store = np.empty(_CHUNK, np.float32)
-    chunk_NB = np.zeros((padded, _CHUNK), np.float64)
+    chunk_NB = np.zeros((padded, _CHUNK), np.float32)
     sums_TPL = np.empty((sides * (sides + 1) // 2, _SIDE * _SIDE, LANES), np.float64)
     totals_NNG = np.zeros((padded, padded, BLOCK // GROUP), np.float64)
     alike, bases = one_dtype(codes_N), base_store.ctypes.data
-    chunks, sums, stride = chunk_NB.ctypes.data, sums_TPL.ctypes.data, 8 * _CHUNK
+    chunks, sums, stride = chunk_NB.ctypes.data, sums_TPL.ctypes.data, 4 * _CHUNK
     for x in range(out_XNN.shape[0]):
         block = start + x * BLOCK
         end = min(block + BLOCK, stop)
@@ -118,13 +120,12 @@ def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
                 base_B, done = base_store[:size], 0
                 if deltas:
                     load(base, base_code, begin, base_B)
-                # In float32, and widened as they are written.
                 if alike:
                     done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
                     if deltas:
-                        load_wide_deltas(codes_N[0], *where, done, chunks, stride)
+                        load_all(codes_N[0], *where, done, chunks, stride)
                     else:
-                        load_wide_models(codes_N[0], *where, done, chunks, stride)
+                        load_all_models(codes_N[0], *where, done, chunks, stride)
                 if done < size:
                     for n in range(count):
                         rest_B = chunk_NB[n, done:size]

@@ -230,13 +230,12 @@ def adds_models(dtype):
     return add_models
 
 
-def loads_models(dtype, *, deltas=True, wide=False, ahead=None):
+def loads_models(dtype, *, deltas=True, ahead=None):
     """rows[n, s] = models[n][s] - bases[s], in float32.
 
     Args:
         dtype: of the models.
         deltas: if false, the models themselves.
-        wide: write float64.
         ahead: so many elements before they are read the next ones are asked for; by default, AHEAD bytes.
 
     Args of what this gives:
@@ -262,8 +261,7 @@ def loads_models(dtype, *, deltas=True, wide=False, ahead=None):
                     for at, each in zip(parts, base, strict=True):
                         value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
                         value = builder.fsub(value, each) if deltas else value
-                        of = DOUBLE if wide else FLOAT
-                        store(builder, cast(builder, value, of), place_of(builder, row, begin, of, at))
+                        store(builder, value, place_of(builder, row, begin, FLOAT, at))
             return context.get_dummy_value()
 
         return types.void(*[ADDRESS] * 7), emit
