@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fl_merge.execute import PIECE_ELEMENTS, SLICE_ELEMENTS
 from fl_merge.offline.plan import OfflinePlan
 from fl_merge.shapes import Coordinate, Copy, Matrix, Span
+from fl_merge.store import SafetensorsSink
 from fl_merge.types import BASE, Output, TensorSpec, Whole, compute_dtype
 
 FIXED = 300 * 10**6
@@ -45,9 +46,14 @@ def estimate(plan: OfflinePlan, threads: int | None = None) -> Estimate:
                 number = list(plan.models).index(ref)
                 read[number, target.stored[place]] = plan.models[ref].source.specs()[target.stored[place]].nbytes
     workers = threads or os.cpu_count() or 1
-    held = heapq.nlargest(workers, (_held(output, len(sources)) for output in outputs))
+    held = heapq.nlargest(workers, (_held(output, len(sources)) + _room(output) for output in outputs))
     written = sum(output.spec.nbytes for output in outputs)
     return Estimate(len(outputs), sum(read.values()), written, FIXED + sum(held))
+
+
+def _room(output: Output) -> int:
+    """Bytes of an output that is filled in memory and then written."""
+    return output.spec.nbytes if output.spec.nbytes <= SafetensorsSink.whole_bytes else 0
 
 
 def _held(output: Output, models: int) -> int:
