@@ -62,7 +62,10 @@ def _each_kept(builder, dtype, where, limits, begin, base):
         fetch(builder, builder.add(model, number(AHEAD)), PAIR * width)
         # Bits of magnitudes have their order; what is below the least is far above all when that is taken from it.
         least, *most = (builder.bitcast(_part_of(builder, numbers, client.index), BITS) for numbers in limits)
-        width_of_kept = builder.sub(most[0], least) if most else None
+        width_of_kept = None
+        if most:
+            some = builder.icmp_unsigned(">", most[0], least)
+            width_of_kept = builder.select(some, builder.sub(most[0], least), _NO_BITS)
         found = []
         for value, each in zip(read_pair(builder, dtype, model), base, strict=True):
             delta = builder.fsub(value, each)
