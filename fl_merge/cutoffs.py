@@ -228,3 +228,13 @@ def _by_histograms(row: int, count: int, pieces: Sequence[_Piece], mapped: Mappe
 
 def _count(row: int, limits: tuple[int, int, int], at: _Piece) -> Array:
     return at.part.rows.count(row, at.start, at.stop, *limits)
+
+
+def within_tensor(cutoffs_N2: Tensor, scope_start: int) -> Tensor:
+    """The same cuts, counted within a tensor that begins at `scope_start`, with thresholds that float32 has: what is
+    just on one of these was above the cut, or below."""
+    found_N, last_N = cutoffs_N2.unbind(1)
+    last_N = last_N - scope_start
+    threshold_N = found_N.float().double()
+    last_N = torch.where(threshold_N > found_N, math.inf, torch.where(threshold_N < found_N, -1.0, last_N))
+    return torch.stack([threshold_N, last_N.clamp(-1.0, 2.0**62)], dim=1)

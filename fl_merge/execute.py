@@ -27,6 +27,7 @@ from fl_merge.fill import Fillers
 from fl_merge.fillers import Filler
 from fl_merge.ops.gram import BLOCK
 from fl_merge.reading import pieces
+from fl_merge.rooms import Rooms
 from fl_merge.shapes import Copy
 from fl_merge.types import (
     BASE,
@@ -262,46 +263,6 @@ def _quick_switches() -> Iterator[None]:
                 sys.setswitchinterval(before)
 
 
-class _Rooms:
-    """Where outputs are filled that are written when they are whole: room in memory that is used again and again.
-
-    Args:
-        written: what is written.
-        whole_bytes: no larger output is filled here, and none if this is 0.
-    """
-
-    def __init__(self, written: Mapping[str, TensorSpec], whole_bytes: int) -> None:
-        self._written = written
-        self._bytes = whole_bytes
-        self._rooms: dict[str, torch.Tensor] = {}
-        self._spare: list[torch.Tensor] = []
-        self._lock = threading.Lock()
-
-    def has(self, name: str) -> bool:
-        """Whether an output is filled here."""
-        return 0 < self._written[name].nbytes <= self._bytes
-
-    def place(self, name: str) -> torch.Tensor | None:
-        """The whole output, flattened; None if it is not filled here."""
-        if not self.has(name):
-            return None
-        spec = self._written[name]
-        with self._lock:
-            if name not in self._rooms:
-                self._rooms[name] = self._spare.pop() if self._spare else torch.empty(self._bytes, dtype=torch.uint8)
-            return self._rooms[name][: spec.nbytes].view(spec.dtype)
-
-    def hand_over(self, name: str, write: Callable[[torch.Tensor], None]) -> None:
-        """Write an output that has been filled here, if it has."""
-        if self.has(name):
-            spec = self._written[name]
-            with self._lock:
-                room = self._rooms.pop(name)
-            write(room[: spec.nbytes].view(spec.dtype))
-            with self._lock:
-                self._spare.append(room)
-
-
 class _Run:
     """The work on the outputs of one merge: small ones as one job each, large ones slice by slice.
 
@@ -333,7 +294,7 @@ class _Run:
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
-        self._rooms = _Rooms(written, getattr(sink, "whole_bytes", 0))
+        self._rooms = Rooms(written, getattr(sink, "whole_bytes", 0))
 
     def begin(self, output: Output) -> None:
         """Start the work on an output. What has to be known of a large one before is worked out by all threads."""

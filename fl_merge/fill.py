@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl_merge.cutoffs import Mapped, Part, largest_cutoffs
+from fl_merge.cutoffs import Mapped, Part, largest_cutoffs, within_tensor
 from fl_merge.errors import MergeError
 from fl_merge.fillers import CompiledBalance, CompiledElements, CompiledStages, CompiledSum, Defined, Filler, Values
 from fl_merge.kernels.passes import Inputs
@@ -290,7 +290,7 @@ class Fillers:
         if stages.election is not None and bool((weights_N < 0).any()):
             return None
         if isinstance(prune, KeepLargest | KeepMiddle):
-            cutoffs = [_rounded(cut_N2, scope_start) for cut_N2 in torch.split(survey_NK, 2, dim=1)]
+            cutoffs = [within_tensor(cut_N2, scope_start) for cut_N2 in torch.split(survey_NK, 2, dim=1)]
             arguments = {"cutoffs_N2": cutoffs[-1], "upper_N2": cutoffs[0] if len(cutoffs) > 1 else None}
         ranked = False
         if isinstance(prune, KeepRandom | KeepRanked):
@@ -380,16 +380,6 @@ class Fillers:
                     self._model_surveys[key, scope] = self._survey(compute, spec.client_ids, in_order, mapped)
                 if compute.gram is not None:
                     self._model_choices[key, scope] = compute.gram(spec, self._gram("deltas", work, mapped))
-
-
-def _rounded(cutoffs_N2: Tensor, scope_start: int) -> Tensor:
-    """The same cuts, counted within a tensor that begins at `scope_start`, with thresholds that float32 has: what is
-    just on one of these was above the cut, or below."""
-    found_N, last_N = cutoffs_N2.unbind(1)
-    last_N = last_N - scope_start
-    threshold_N = found_N.float().double()
-    last_N = torch.where(threshold_N > found_N, math.inf, torch.where(threshold_N < found_N, -1.0, last_N))
-    return torch.stack([threshold_N, last_N.clamp(-1.0, 2.0**62)], dim=1)
 
 
 class _Once:

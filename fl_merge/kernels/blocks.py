@@ -18,7 +18,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fl_merge.kernels import vectors
+from fl_merge.kernels import comparing, pairs, vectors
 
 _parts = hashlib.blake2b(digest_size=8)
 for _name in (
@@ -31,6 +31,8 @@ for _name in (
     "merging.py",
     "places.py",
     "balances.py",
+    "comparing.py",
+    "pairs.py",
     "networks.py",
     "series.py",
 ):  # whose parts are in other files' passes
@@ -223,7 +225,7 @@ def by_dtype(make, **how):
 
 
 load_all = by_dtype(vectors.loads_models)
-compare_models, pair_up = by_dtype(vectors.compares_models), by_dtype(vectors.pairs_up)
+compare_models, pair_up = by_dtype(comparing.compares_models), by_dtype(pairs.pairs_up)
 load_all_models = by_dtype(vectors.loads_models, deltas=False)
 
 

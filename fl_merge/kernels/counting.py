@@ -29,10 +29,10 @@ from fl_merge.kernels.scoring import DELTAS, SCRATCH, load_scores
 from fl_merge.kernels.vectors import WIDE
 
 MARKED = 4096
-"""Elements of a block of which is known how many before it are between two limits."""
+"""For every so many elements it is noted how many before them are between two limits."""
 
 _BINS = 1 << 11
-"""How many bins `select` tells apart in a turn: their counts stay in the fastest cache."""
+"""How many bins `_select` tells apart in a turn: their counts stay in the fastest cache."""
 
 
 @compiled_pass
@@ -125,13 +125,12 @@ def magnitudes_between(
             if used_R.max() + MARKED + WIDE > found_RM.shape[1]:
                 return begin
             marks_RM[:, np.uint64((begin - first) // MARKED)] = between_R
-        if native:
-            load(base, base_code, begin, base_B[:size])
-        else:
-            load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
         whole = size - size % GROUP
         if native:
+            load(base, base_code, begin, base_B[:size])
             pair_up(codes_N[0], bases, whole)
+        else:
+            load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, size, work_KB, score_NB)
         for r in range(rows_R.size):
             row = rows_R[r]
             beyond, listed = np.uint32(high_R[r] + np.uint32(1)), np.int64(low_R[r] != high_R[r])

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fl_merge.kernels.pairs import PAIR, as_pair, bits_of_pair, read_pair, store_pair
 from fl_merge.kernels.vectors import (
     ADDRESS,
     AHEAD,
@@ -18,11 +19,8 @@ from fl_merge.kernels.vectors import (
     FLOAT,
     FLOATS,
     MAGNITUDES,
-    PAIR,
     WORD,
     add_to,
-    as_pair,
-    bits_of_pair,
     clients,
     constant,
     count_lanes,
@@ -33,9 +31,7 @@ from fl_merge.kernels.vectors import (
     load,
     number,
     place_of,
-    read_pair,
     registers,
-    store_pair,
     store_word,
     vector,
 )

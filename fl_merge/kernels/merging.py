@@ -31,8 +31,9 @@ from fl_merge.kernels.blocks import (
     uniform_words,
 )
 from fl_merge.kernels.draws import keep_drawn
+from fl_merge.kernels.pairs import PAIR
 from fl_merge.kernels.scoring import load_varying
-from fl_merge.kernels.vectors import DOUBLES, PAIR
+from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY, ELECT_SUM = 0, 1, 2, 3

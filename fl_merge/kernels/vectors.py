@@ -16,9 +16,6 @@ from numba.extending import intrinsic
 GROUP, DOUBLES = 64, 32
 """Elements whose float32, and whose float64, are kept in registers together."""
 
-_FEW = 4
-"""So many lanes are written at less cost than all."""
-
 _SECOND_CACHE = 2
 """LLVM's number for it."""
 
@@ -136,56 +133,6 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = (_of(FLOAT), 4), (_of(DOUBLE), 8), (_bfloa
 """Dtypes of models: what reads them, and bytes of an element."""
 
 
-PAIR = 2 * WIDE
-"""Elements that are read as two vectors, in whatever order costs least."""
-
-_IN_ORDER = list(range(WIDE)), list(range(WIDE, PAIR))
-_EVEN_AND_ODD = list(range(0, PAIR, 2)), list(range(1, PAIR, 2))
-
-
-def read_pair(builder, dtype, address):
-    """PAIR elements of a model, in float32: of bfloat16 the even ones, and the odd ones."""
-    read, width = dtype
-    if dtype is not BFLOAT16:
-        places = (builder.add(address, number(width * at)) for at in (0, WIDE))
-        return [cast(builder, read(builder, place, WIDE), FLOAT) for place in places]
-    words = load(builder, address, BITS, align=width)
-    upper = builder.and_(words, constant(BITS, 0xFFFF0000))
-    return [builder.bitcast(bits, FLOATS) for bits in (builder.shl(words, constant(BITS, 16)), upper)]
-
-
-def as_pair(builder, dtype, address):
-    """PAIR numbers of an array of float32, in the order of `read_pair`."""
-    two = [load(builder, address, FLOATS), load(builder, builder.add(address, number(4 * WIDE)), FLOATS)]
-    return [_shuffled(builder, *two, lanes) for lanes in _EVEN_AND_ODD] if dtype is BFLOAT16 else two
-
-
-def store_pair(builder, dtype, values, address):
-    """Write what is in the order of `read_pair` to an array of float32."""
-    for at, lanes in enumerate(_IN_ORDER):
-        if dtype is BFLOAT16:
-            lanes = [WIDE * (lane % 2) + lane // 2 for lane in lanes]
-        store(builder, _shuffled(builder, *values, lanes), builder.add(address, number(4 * WIDE * at)))
-
-
-def bits_of_pair(builder, dtype, masks):
-    """The lanes of two masks, in the order of `read_pair`, as the bits of one word, the first element lowest."""
-    first, second = (builder.zext(builder.bitcast(lanes, ir.IntType(WIDE)), WORD) for lanes in masks)
-    if dtype is not BFLOAT16:
-        return builder.or_(first, builder.shl(second, number(WIDE)))
-
-    def spread(bits):
-        for shift, kept in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
-            bits = builder.and_(builder.or_(bits, builder.shl(bits, number(shift))), number(kept))
-        return bits
-
-    return builder.or_(spread(first), builder.shl(spread(second), number(1)))
-
-
-def _shuffled(builder, one, two, lanes):
-    return builder.shuffle_vector(one, two, ir.Constant(vector(INDEX), lanes))
-
-
 def adds_models(dtype):
     """sums[s] = bases[s] * scaling + (models[0][s] - bases[s]) * coefficients[0] + ..., in float64, rounded to float32
     as it is written.
@@ -269,82 +216,6 @@ def loads_models(dtype, *, deltas=True, ahead=None):
     return load_models
 
 
-def pairs_up(dtype):
-    """Arrange an array of float32 as `read_pair` reads models of a dtype.
-
-    Args of what this gives:
-        size: how many elements, a multiple of PAIR.
-    """
-
-    @intrinsic
-    def pair_up(context, numbers, size):
-        def emit(context, builder, signature, arguments):
-            numbers, size = arguments
-            if dtype is BFLOAT16:
-                with groups(builder, size, PAIR) as group:
-                    here = place_of(builder, numbers, builder.mul(group.index, number(PAIR)), FLOAT)
-                    for half, values in enumerate(as_pair(builder, dtype, here)):
-                        store(builder, values, builder.add(here, number(4 * WIDE * half)))
-            return context.get_dummy_value()
-
-        return types.void(*[ADDRESS] * 2), emit
-
-    return pair_up
-
-
-def compares_models(dtype):
-    """Count the elements of one model whose difference from the base has a magnitude beyond two limits, and write down
-    the magnitudes between them. Magnitudes and limits are the bits of float32.
-
-    Args:
-        dtype: of the model.
-
-    Args of what this gives:
-        bases: of float32, as `pairs_up` arranges them.
-        model: the address of the first element.
-        low, beyond: what is at least `low` and less than `beyond` is between them.
-        size: how many elements, a multiple of GROUP; as many bytes that follow are asked for, to be read next.
-        found: uint32, takes what is between, in the order of PAIRs. WIDE more places behind it are written to as well.
-        listed: 1; or 0 if nothing is to be written down: then only the first WIDE places are written to.
-
-    What this gives returns how many are at least `beyond`, and how many are between.
-    """
-    _, width = dtype
-
-    @intrinsic
-    def compare_models(context, bases, model, low, beyond, size, found, listed):
-        def emit(context, builder, signature, arguments):
-            bases, model, low, beyond, size, found, listed = arguments
-            apart = everywhere(builder, builder.sub(beyond, low))
-            low, beyond = everywhere(builder, low), everywhere(builder, beyond)
-            above, between, end = registers(builder, [number(0), number(0), found])
-            step = builder.mul(listed, number(4))
-            keep = _packs(context, builder)
-            with groups(builder, size, PAIR) as group:
-                begin = builder.mul(group.index, number(PAIR))
-                start = builder.add(model, builder.mul(begin, number(width)))
-                fetch(builder, builder.add(start, builder.mul(size, number(width))), PAIR * width)
-                larger = []
-                for half, value in enumerate(read_pair(builder, dtype, start)):
-                    base = load(builder, place_of(builder, bases, begin, FLOAT, half * WIDE), FLOATS)
-                    magnitudes = builder.and_(builder.bitcast(builder.fsub(value, base), BITS), MAGNITUDES)
-                    larger.append(builder.icmp_unsigned(">=", magnitudes, beyond))
-                    chosen = builder.icmp_unsigned("<", builder.sub(magnitudes, low), apart)
-                    some = count_lanes(builder, chosen)
-                    keep(magnitudes, chosen, some, builder.load(end))
-                    add_to(builder, between, some, builder.add)
-                    add_to(builder, end, builder.mul(some, step), builder.add)
-                both = builder.shuffle_vector(*larger, ir.Constant(vector(INDEX, PAIR), list(range(PAIR))))
-                more = builder.ctpop(builder.bitcast(both, ir.IntType(PAIR)))
-                add_to(builder, above, builder.zext(more, WORD), builder.add)
-            return context.make_tuple(builder, signature.return_type, [builder.load(above), builder.load(between)])
-
-        limits = [types.uint32] * 2
-        return types.UniTuple(types.int64, 2)(*[ADDRESS] * 2, *limits, *[ADDRESS] * 3), emit
-
-    return compare_models
-
-
 def fetch(builder, address, size):
     """Ask for so many bytes that are read later, into the second cache. They need not exist."""
     name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, INDEX, INDEX, INDEX])
@@ -363,42 +234,3 @@ def largest_lane(builder, numbers):
     """The largest of the lanes of a vector of unsigned numbers of 32 bits."""
     name, kind = f"llvm.vector.reduce.umax.v{WIDE}i32", ir.FunctionType(INDEX, [BITS])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [numbers])
-
-
-def _packs(context, builder):
-    """What writes the chosen lanes of a vector to an address, one behind the other; and perhaps more behind them."""
-    if "+avx512f" in context.codegen().magic_tuple()[2]:
-        name, kind = f"llvm.experimental.vector.compress.v{WIDE}i32", [BITS, vector(ir.IntType(1)), BITS]
-        compress = cgutils.get_or_insert_function(builder.module, ir.FunctionType(BITS, kind), name)
-
-        def pack(numbers, chosen, count, address):
-            packed = builder.call(compress, [numbers, chosen, ir.Constant(BITS, ir.Undefined)])
-            few = ir.Constant(vector(INDEX, _FEW), list(range(_FEW)))
-            store(builder, builder.shuffle_vector(packed, packed, few), address)
-            with builder.if_then(builder.icmp_unsigned(">", count, number(_FEW)), likely=False):
-                store(builder, packed, address)
-
-        return pack
-
-    # Few are chosen: one after the other.
-    room = cgutils.alloca_once(builder, BITS)
-    lane_of, mask = ir.IntType(WIDE), ir.IntType(1)
-
-    def pick(numbers, chosen, count, address):
-        builder.store(numbers, room)
-        left, end = registers(builder, [builder.bitcast(chosen, lane_of), address])
-        test, body, behind = (builder.append_basic_block() for _ in range(3))
-        builder.branch(test)
-        builder.position_at_end(test)
-        builder.cbranch(builder.icmp_unsigned("!=", builder.load(left), lane_of(0)), body, behind)
-        builder.position_at_end(body)
-        lane = builder.zext(builder.cttz(builder.load(left), mask(1)), INDEX)
-        first = builder.bitcast(room, INDEX.as_pointer())
-        here = builder.load(end)
-        builder.store(builder.load(builder.gep(first, [lane])), builder.inttoptr(here, INDEX.as_pointer()), align=4)
-        builder.store(builder.add(here, number(4)), end)
-        builder.store(builder.and_(builder.load(left), builder.sub(builder.load(left), lane_of(1))), left)
-        builder.branch(test)
-        builder.position_at_end(behind)
-
-    return pick
