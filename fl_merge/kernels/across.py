@@ -5,6 +5,7 @@ As in `vectors`, groups of elements are outside and the clients inside, with wha
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -35,7 +36,7 @@ from fl_merge.kernels.vectors import (
 )
 
 _ZERO, _MINUS_ZERO, _ONE, _MINUS_ONE = (constant(FLOATS, value) for value in (0.0, -0.0, 1.0, -1.0))
-_NO_BITS = constant(BITS, 0)
+_INFINITE, _NO_BITS = constant(FLOATS, float("inf")), constant(BITS, 0)
 
 
 @intrinsic
@@ -64,9 +65,49 @@ def add_weighted(context, rows, stride, count, weights, bases, scale, size, out)
     return types.void(*[ADDRESS] * 5, types.float32, *[ADDRESS] * 2), emit
 
 
+def inverse_of(builder, count):
+    """1 over a number of clients, in every lane."""
+    return everywhere(builder, builder.fdiv(ir.Constant(FLOAT, 1.0), builder.uitofp(count, FLOAT)))
+
+
+def variance_of(builder, total, square, inverse):
+    """What registers with the sum of differences from the first client, and of their squares, say of the variance."""
+    total, square = builder.load(total), builder.load(square)
+    common = builder.fmul(total, builder.fmul(total, inverse))
+    left = builder.fsub(square, common)
+    left = builder.select(builder.fcmp_ordered(">", left, _ZERO), left, _ZERO)
+    fits = builder.fcmp_ordered("<", common, _INFINITE)
+    return builder.fmul(builder.select(fits, left, _INFINITE), inverse)
+
+
 @intrinsic
 def variance(context, rows, stride, count, size, out):
-    """The variance over the rows, as `ops.scores.variance`: of what is left when the first row is taken from all."""
+    """The variance over the rows, as `ops.scores.variance` of up to MANY clients."""
+
+    def emit(context, builder, signature, arguments):
+        rows, stride, count, size, out = arguments
+        parts, inverse = range(0, GROUP, WIDE), inverse_of(builder, count)
+        with groups(builder, size, GROUP) as group:
+            begin = builder.mul(group.index, number(GROUP))
+            firsts = [load(builder, place_of(builder, rows, begin, FLOAT, at), FLOATS) for at in parts]
+            sums, squares = (registers(builder, [_ZERO for _ in parts]) for _ in range(2))
+            with clients(builder, builder.sub(count, number(1))) as client:
+                row = builder.add(rows, builder.mul(stride, builder.add(client.index, number(1))))
+                for at, first, total, square in zip(parts, firsts, sums, squares, strict=True):
+                    apart = builder.fsub(load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS), first)
+                    add_to(builder, total, apart)
+                    add_to(builder, square, builder.fmul(apart, apart))
+            for at, total, square in zip(parts, sums, squares, strict=True):
+                found = variance_of(builder, total, square, inverse)
+                store(builder, found, place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 5), emit
+
+
+@intrinsic
+def variance_of_many(context, rows, stride, count, size, out):
+    """The variance over the rows, as `ops.scores.variance` of more."""
 
     def emit(context, builder, signature, arguments):
         rows, stride, count, size, out = arguments
@@ -97,89 +138,6 @@ def variance(context, rows, stride, count, size, out):
         return context.get_dummy_value()
 
     return types.void(*[ADDRESS] * 5), emit
-
-
-def loads_varying(dtype, *, kept):
-    """From models to the variance of their deltas over the clients, as `variance` has it, or to deltas of which only
-    those of elements that vary are kept.
-
-    Args:
-        dtype: of the models.
-        kept: whether the deltas are what comes out.
-
-    Args of what this gives:
-        bases: of float32.
-        models: of addresses of models, in which the elements begin at `start`.
-        limit: the least variance with which an element is kept; not looked at unless `kept`.
-        size: how many elements, a multiple of GROUP.
-        rows: takes the deltas, 0 where they are not kept; else scratch of one group for each client.
-        out: takes the variances, unless `kept`.
-    """
-    read, width = dtype
-
-    @intrinsic
-    def load_varying(context, bases, models, start, count, limit, size, rows, stride, out):
-        def emit(context, builder, signature, arguments):
-            bases, models, start, count, limit, size, rows, stride, out = arguments
-            parts = range(0, GROUP, WIDE)
-            limit = everywhere(builder, limit)
-            divisor = everywhere(builder, builder.uitofp(count, FLOAT))
-            others = builder.sub(count, number(1))
-            with groups(builder, size, GROUP) as group:
-                begin = builder.mul(group.index, number(GROUP))
-                offset = builder.mul(builder.add(start, begin), number(width))
-                base = [load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS) for at in parts]
-
-                def delta(client, at, each, offset=offset):
-                    model = builder.add(load(builder, place_of(builder, models, client, WORD), WORD), offset)
-                    value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
-                    return builder.fsub(value, each)
-
-                def place(client, at, begin=begin):
-                    row = builder.add(rows, builder.mul(stride, client))
-                    return place_of(builder, row, begin if kept else 0, FLOAT, at)
-
-                def ahead(client, offset=offset):
-                    model = builder.add(load(builder, place_of(builder, models, client, WORD), WORD), offset)
-                    fetch(builder, builder.add(model, number(AHEAD)), GROUP * width)
-
-                ahead(number(0))
-                firsts = [delta(number(0), at, each) for at, each in zip(parts, base, strict=True)]
-                sums = registers(builder, [_ZERO for _ in parts])
-                with clients(builder, others) as client:
-                    other = builder.add(client.index, number(1))
-                    ahead(other)
-                    for at, each, first, total in zip(parts, base, firsts, sums, strict=True):
-                        found = delta(other, at, each)
-                        apart = builder.fsub(found, first)
-                        store(builder, found if kept else apart, place(other, at))
-                        add_to(builder, total, apart)
-                means = [builder.fdiv(builder.load(total), divisor) for total in sums]
-                squares = registers(builder, [builder.fmul(mean, mean) for mean in means])
-                with clients(builder, others) as client:
-                    other = builder.add(client.index, number(1))
-                    for at, first, mean, total in zip(parts, firsts, means, squares, strict=True):
-                        found = load(builder, place(other, at), FLOATS)
-                        left = builder.fsub(builder.fsub(found, first) if kept else found, mean)
-                        add_to(builder, total, builder.fmul(left, left))
-                variances = [builder.fdiv(builder.load(total), divisor) for total in squares]
-                if kept:
-                    varies = [builder.fcmp_ordered(">=", found, limit) for found in variances]
-                    for at, keep, first in zip(parts, varies, firsts, strict=True):
-                        store(builder, builder.select(keep, first, _ZERO), place(number(0), at))
-                    with clients(builder, others) as client:
-                        other = builder.add(client.index, number(1))
-                        for at, keep in zip(parts, varies, strict=True):
-                            found = load(builder, place(other, at), FLOATS)
-                            store(builder, builder.select(keep, found, _ZERO), place(other, at))
-                else:
-                    for at, found in zip(parts, variances, strict=True):
-                        store(builder, found, place_of(builder, out, begin, FLOAT, at))
-            return context.get_dummy_value()
-
-        return types.void(*[ADDRESS] * 4, types.float32, *[ADDRESS] * 4), emit
-
-    return load_varying
 
 
 @intrinsic

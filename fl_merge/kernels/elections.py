@@ -42,7 +42,7 @@ _NO_LANES = constant(vector(ir.IntType(1)), 0)
 
 
 @contextlib.contextmanager
-def _each_kept(builder, dtype, where, limits, begin, base):
+def _each_large(builder, dtype, where, limits, begin, base):
     """Loop over the clients. Within it: which one, and of both vectors of a pair which deltas are kept, and all deltas.
 
     Args:
@@ -101,7 +101,7 @@ def sums_kept(dtype):
                 begin = builder.mul(group.index, number(PAIR))
                 base = as_pair(builder, dtype, place_of(builder, bases, begin, FLOAT))
                 sums = registers(builder, [_MINUS_ZERO, _MINUS_ZERO])
-                with _each_kept(builder, dtype, where, (limits, tops), begin, base) as (client, found):
+                with _each_large(builder, dtype, where, (limits, tops), begin, base) as (client, found):
                     weight = _part_of(builder, weights, client)
                     for (kept, delta), total in zip(found, sums, strict=True):
                         add_to(builder, total, builder.fmul(builder.select(kept, delta, _ZERO), weight))
@@ -140,6 +140,16 @@ def elects_kept(dtype, *, by, middle=False):
     What this gives returns how many elections plus has won less how many minus has, draws aside; how many draws there
     are; and the bits of the largest magnitude in `out` where there is none.
     """
+    return elects(dtype, by=by, each_kept=_each_large, two_limits=middle)
+
+
+def elects(dtype, *, by, each_kept, two_limits):
+    """As `elects_kept`, with what is kept by another rule.
+
+    Args:
+        each_kept: as `_each_large`.
+        two_limits: whether it gets `tops` too.
+    """
 
     @intrinsic
     def elect_kept(
@@ -164,14 +174,14 @@ def elects_kept(dtype, *, by, middle=False):
             bases, models, start, count, limits, tops, weights, *behind = arguments
             added, scale, normalize, size, out, others, their_weights, draws = behind
             where, scale = (models, start, count), everywhere(builder, scale)
-            both = (limits, tops) if middle else (limits,)
+            both = (limits, tops) if two_limits else (limits,)
             tally, drawn, largest = registers(builder, [number(0), number(0), _NO_BITS])
             with groups(builder, size, PAIR) as group:
                 begin = builder.mul(group.index, number(PAIR))
                 base = as_pair(builder, dtype, place_of(builder, bases, begin, FLOAT))
                 votes, up, up_weights, down, down_weights = (registers(builder, [_ZERO, _ZERO]) for _ in range(5))
                 moves = registers(builder, [_NO_LANES, _NO_LANES])
-                with _each_kept(builder, dtype, where, both, begin, base) as (client, found):
+                with each_kept(builder, dtype, where, both, begin, base) as (client, found):
                     weight = _part_of(builder, weights, client)
                     for half, (kept, delta) in enumerate(found):
                         plus, minus = (builder.and_(kept, builder.fcmp_ordered(than, delta, _ZERO)) for than in "><")
@@ -183,6 +193,7 @@ def elects_kept(dtype, *, by, middle=False):
                             add_to(builder, votes[half], part)
                         else:
                             _add_where(builder, votes[half], kept, delta)
+                            kept = builder.or_(plus, minus)  # what is 0 may be among what is kept
                         add_to(builder, moves[half], kept, builder.or_)
                         for which, total, share in ((plus, up, up_weights), (minus, down, down_weights)):
                             _add_where(builder, total[half], which, part)

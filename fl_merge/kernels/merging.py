@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from fl_merge.kernels import elections, vectors
+from fl_merge.kernels import elections, varying, vectors
 from fl_merge.kernels.across import add_weighted
 from fl_merge.kernels.blocks import (
     BLOCK,
@@ -32,7 +32,7 @@ from fl_merge.kernels.blocks import (
 )
 from fl_merge.kernels.draws import keep_drawn
 from fl_merge.kernels.pairs import PAIR
-from fl_merge.kernels.scoring import load_varying
+from fl_merge.kernels.scoring import load_varying, natively
 from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
@@ -52,6 +52,7 @@ _elect_middle_by_total, _elect_middle_by_number = (
     by_dtype(elections.elects_kept, by=how, middle=True) for how in ("total", "frequency")
 )
 _elect_by_sum = elections.elects_kept(vectors.FLOAT32, by="sum")  # of rows only
+_elect_varying = by_dtype(varying.elects_varying)
 
 
 @compiled_pass
@@ -128,17 +129,20 @@ def _elected(code, bases, models, start, count, limits, tops, added, size, how, 
     Returns:
         What `merge_rows` does.
     """
-    weights, elect_by, normalize, scale, middle = how
+    weights, elect_by, normalize, scale, bounded = how
     values, others, shares, drawn = results
     given = models, start, count, limits, tops, weights, added, scale, normalize, size, *results
     if elect_by == ELECT_FREQUENCY:
-        if middle:
+        if bounded:
             won, here, most = _elect_middle_by_number(code, bases, *given)
         else:
             won, here, most = _elect_by_number(code, bases, *given)
     elif elect_by == ELECT_SUM:
-        won, here, most = _elect_by_sum(bases, *given)
-    elif middle:
+        if bounded:
+            won, here, most = _elect_varying(code, bases, *given)
+        else:
+            won, here, most = _elect_by_sum(bases, *given)
+    elif bounded:
         won, here, most = _elect_middle_by_total(code, bases, *given)
     else:
         won, here, most = _elect_by_total(code, bases, *given)
@@ -178,7 +182,8 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
 
     Args:
         base_G: in whole groups; what is behind `size` becomes 0, in the rows too.
-        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`, and false.
+        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`, and whether `tops` are looked
+            at: not here.
         scratch, places: of `merging_scratch`, with the deltas, and of `places_of`.
         noted: the addresses of drawn_M and otherwise_M, their size, and how many draws there have been.
 
@@ -273,7 +278,7 @@ def prune_combine(
         sum of the elected signs; and how many draws there were, of which as many are noted as there is room for.
     """
     count, by_limits = clients_N.size, prune in (KEEP_LARGEST, KEEP_MIDDLE)
-    native = by_limits and one_dtype(codes_N)
+    native = (by_limits and one_dtype(codes_N)) or (prune == KEEP_VARYING and natively(codes_N))
     block = BLOCK if native else _BLOCK
     scratch, base_store = merging_scratch(count, block), np.zeros(block, np.float32)
     delta_NB, places = scratch[0], places_of(scratch)
@@ -281,9 +286,11 @@ def prune_combine(
     value_B = scratch[1][0]
     limit_N, top_N = np.empty(count, np.float32), np.full(count, np.nan, np.float32)
     limits, tops = np.int64(limit_N.ctypes.data), np.int64(top_N.ctypes.data)
+    if prune == KEEP_VARYING:
+        tops = places[0][0]  # the rows are scratch there
     models, weights = np.int64(clients_N.ctypes.data), np.int64(weights_N.ctypes.data)
     bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale, False)
-    how_native = weights, elect_by, normalize, scale, prune == KEEP_MIDDLE
+    how_native = weights, elect_by, normalize, scale, prune != KEEP_LARGEST
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     least = _ZERO if elect_by == ELECT_NONE else _LEAST
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -294,7 +301,7 @@ def prune_combine(
         alike = np.int64(0)
         if native:  # up to where a limit changes
             alike = _limits(thresholds_N, above_N, last_N, begin, limit_N)
-            for n in range(count):
+            for n in range(count if by_limits else 0):
                 limit_N[n] = max(limit_N[n], least) if limit_N[n] == limit_N[n] else limit_N[n]
             if prune == KEEP_MIDDLE:
                 alike = min(alike, _limits(top_thresholds_N, top_above_N, top_last_N, begin, top_N))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fl_merge.kernels import across, balances
+from fl_merge.kernels import across, balances, varying
 from fl_merge.kernels.blocks import (
     BLOCK,
     MAGNITUDE,
@@ -26,14 +26,12 @@ from fl_merge.kernels.blocks import (
     sum_by_halves,
     sum_of_lanes,
 )
-from fl_merge.kernels.series import EXP2, LEAST, LOG2_E, LOWEST, ROUNDING, TANH
+from fl_merge.kernels.pairs import PAIR
+from fl_merge.kernels.series import EXP2, LEAST, LOG2_E, LOWEST, MANY, ROUNDING, TANH
 
 DELTAS, VARIANCE, BALANCE, DIVIDED = 0, 1, 2, 3
 """What the rows of scores are: the clients' deltas themselves, one row of variances, a balance for each client; the
 last again where its numbers divide."""
-
-STEP = 256
-"""Elements of all clients that passes by variance work on at a time."""
 
 SCRATCH = 3
 """Rows of scratch beside one for each client."""
@@ -48,7 +46,23 @@ _T0, _T1, _T2, _T3, _T4, _T5 = (np.float32(term) for term in TANH)
 
 _find_balances, _add_balanced = by_dtype(balances.finds_balances), by_dtype(balances.adds_balanced)
 _find_largest = by_dtype(balances.finds_largest)
-_variances, _load_kept = (by_dtype(across.loads_varying, kept=kept) for kept in (False, True))
+in_order = by_dtype(varying.puts_in_order)
+_find_variances, _add_squares = by_dtype(varying.finds_variances), by_dtype(varying.adds_varying_squares)
+
+
+@compiled_part
+def natively(codes_N):
+    """Whether variances are found as the models are read."""
+    return one_dtype(codes_N) and codes_N.size <= MANY
+
+
+@compiled_part
+def _variance_of_rows(rows, stride, count, size, out):
+    """Of rows of deltas, with room for a whole last group; so has `out`."""
+    if count > MANY:
+        across.variance_of_many(rows, stride, count, size, out)
+    else:
+        across.variance(rows, stride, count, size, out)
 
 
 @compiled_part
@@ -59,15 +73,20 @@ def _load_variances(clients_N, codes_N, start, base_B, work_NB, out_B):
         work_NB: scratch, contiguous, with room for a whole last group; so has `out_B`.
     """
     size, count, done = base_B.size, clients_N.size, 0
-    rows, out = work_NB.ctypes.data, out_B.ctypes.data
-    if one_dtype(codes_N):
-        done = size - size % across.GROUP
-        bases, models = base_B.ctypes.data, clients_N.ctypes.data
-        _variances(codes_N[0], bases, models, start, count, _ZERO, done, rows, 4 * across.GROUP, out)
+    out = out_B.ctypes.data
+    if natively(codes_N):
+        done = size - size % PAIR
+        _find_variances(codes_N[0], base_B.ctypes.data, clients_N.ctypes.data, start, count, done, out)
     if done < size:
+        left = size - done
         for n in range(count):
-            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], work_NB[n, done:size])
-        across.variance(rows + 4 * done, 4 * work_NB.shape[1], count, size - done, out + 4 * done)
+            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], work_NB[n, :left])
+        # A whole group may be written, the places of which may end behind `out_B`.
+        rows, variance_G = work_NB.ctypes.data, np.empty(across.GROUP, np.float32)
+        for begin in range(0, left, across.GROUP):
+            here = min(across.GROUP, left - begin)
+            _variance_of_rows(rows + 4 * begin, 4 * work_NB.shape[1], count, here, variance_G.ctypes.data)
+            out_B[done + begin : done + begin + here] = variance_G[:here]
 
 
 @compiled_part
@@ -80,22 +99,13 @@ def load_varying(clients_N, codes_N, start, base_B, cut, delta_NB, variance_B):
         delta_NB: contiguous, with room for a whole last group; so has `variance_B`, which is scratch.
     """
     threshold, above, last = cut
-    size, count, done = base_B.size, clients_N.size, 0
-    rows, stride = delta_NB.ctypes.data, 4 * delta_NB.shape[1]
-    before = min(max(last + 1 - start, 0), size)
-    if one_dtype(codes_N) and before in (0, size):
-        done = size - size % across.GROUP
-        bases, models = base_B.ctypes.data, clients_N.ctypes.data
-        limit = threshold if before else above
-        _load_kept(codes_N[0], bases, models, start, count, limit, done, rows, stride, rows)
-    if done < size:
-        for n in range(count):
-            load_delta(clients_N[n], codes_N[n], start + done, base_B[done:], delta_NB[n, done:size])
-        masks = variance_B.ctypes.data + 4 * done
-        across.variance(rows + 4 * done, stride, count, size - done, masks)
-        for s in range(done, size):
-            variance_B[s] = _ONE if variance_B[s] >= (threshold if s < before else above) else _ZERO
-        across.keep_where(rows + 4 * done, stride, count, masks, size - done)
+    size, count = base_B.size, clients_N.size
+    rows, stride, masks = delta_NB.ctypes.data, 4 * delta_NB.shape[1], variance_B.ctypes.data
+    load_deltas(clients_N, codes_N, start, base_B, delta_NB)
+    _variance_of_rows(rows, stride, count, size, masks)
+    for s in range(size):
+        variance_B[s] = _ONE if variance_B[s] >= (threshold if start + s <= last else above) else _ZERO
+    across.keep_where(rows, stride, count, masks, size)
 
 
 @compiled_part
@@ -238,9 +248,10 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
         threshold, above, last: the cut, the float32 that follows it, and the last element just on it that is kept.
         start, stop: from a multiple of 16384 on.
     """
-    count = clients_N.size
-    base_store, variance_store = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
-    delta_NB, sum_NL = np.zeros((count, STEP), np.float32), np.empty((count, LANES), np.float64)
+    count, native = clients_N.size, natively(codes_N)
+    base_store, variance_store = np.empty(GROUP, np.float32), np.empty(GROUP, np.float32)
+    delta_NB, sum_NL = np.zeros((count, GROUP), np.float32), np.empty((count, LANES), np.float64)
+    bases, models = base_store.ctypes.data, clients_N.ctypes.data
     rows, sums = delta_NB.ctypes.data, sum_NL.ctypes.data
     cut = threshold, above, last
     group_NG = np.zeros((count, SUM_BLOCK // GROUP), np.float64)
@@ -250,16 +261,20 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
         groups = (end - first + GROUP - 1) // GROUP
         for g in range(groups):
             sum_NL[:] = 0.0
-            for begin in range(first + g * GROUP, min(first + (g + 1) * GROUP, end), STEP):
-                size = min(STEP, end - begin)
-                base_B = base_store[:size]
-                load(base, base_code, begin, base_B)
-                load_varying(clients_N, codes_N, begin, base_B, cut, delta_NB, variance_store)
-                end_of_lanes = (size + LANES - 1) // LANES * LANES
-                if end_of_lanes > size:
-                    delta_NB[:, size:end_of_lanes] = 0.0
+            begin = first + g * GROUP
+            size, done = min(GROUP, end - begin), 0
+            base_B = base_store[:size]
+            load(base, base_code, begin, base_B)
+            if native and not begin <= last < begin + size - 1:
+                done, limit = size - size % across.GROUP, threshold if begin <= last else above
+                _add_squares(codes_N[0], bases, models, begin, count, limit, done, rows, sums)
+                in_order(codes_N[0], sums, count)
+            if done < size:
+                left = size - done
+                load_varying(clients_N, codes_N, begin + done, base_B[done:], cut, delta_NB, variance_store)
+                delta_NB[:, left : left + LANES] = 0.0
                 for n in range(count):
-                    across.add_squares(rows + 4 * STEP * n, size, sums + 8 * LANES * n)
+                    across.add_squares(rows + 4 * GROUP * n, left, sums + 8 * LANES * n)
             for n in range(count):
                 group_NG[n, g] = sum_of_lanes(sum_NL[n])
         for n in range(count):

@@ -1,4 +1,4 @@
-"""Numbers by which the definition of balances (`ops.scores`) and its passes compute powers of 2 and tanh alike.
+"""Numbers by which the definitions of scores (`ops.scores`) and their passes compute alike: powers of 2, tanh, variances.
 
 Series are given from the constant term on, divided by the magnitude of their highest one, which saves a product: a
 factor that all balances have changes neither their order nor their proportions.
@@ -40,3 +40,6 @@ LOWEST = -188.0
 
 LEAST = 2.0**-120
 """A smaller sum of balances counts as none: its reciprocal might not fit float32."""
+
+MANY = 256
+"""The variance over up to so many clients is found in one go."""

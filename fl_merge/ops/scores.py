@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fl_merge.kernels.series import EXP2, LEAST, LIFT, LOG2_E, LOWEST, ROUNDING, TANH
+from fl_merge.kernels.series import EXP2, LEAST, LIFT, LOG2_E, LOWEST, MANY, ROUNDING, TANH
 from fl_merge.ops.combine import weighted_sum
 
 _TERMS = tuple(math.log(2) ** power / math.factorial(power) for power in range(15))
@@ -17,21 +17,31 @@ _TERMS = tuple(math.log(2) ** power / math.factorial(power) for power in range(1
 def variance(deltas_NS: Tensor) -> Tensor:
     """The variance of each element over the clients (population), added in the clients' order.
 
-    It is that of their differences from the first client, so that it is 0 where all are equal.
+    It is that of their differences from the first client, so that it is 0 where all are equal. Those sums of squares are
+    at most N times what is left when the mean's square is taken from them: of MANY clients that costs a few bits, of
+    more the mean is taken from each before it is squared.
 
     Args:
         deltas_NS: (N, S), a floating dtype.
     """
     count = len(deltas_NS)
-    sum_S = torch.zeros_like(deltas_NS[0])
+    sum_S, square_S = torch.zeros_like(deltas_NS[0]), torch.zeros_like(deltas_NS[0])
     for delta_S in deltas_NS[1:]:
-        sum_S = sum_S + (delta_S - deltas_NS[0])
-    mean_S = sum_S / count
-    total_S = mean_S * mean_S
-    for delta_S in deltas_NS[1:]:
-        apart_S = (delta_S - deltas_NS[0]) - mean_S
-        total_S = total_S + apart_S * apart_S
-    return total_S / count
+        apart_S = delta_S - deltas_NS[0]
+        sum_S = sum_S + apart_S
+        square_S = square_S + apart_S * apart_S
+    if count > MANY:
+        mean_S = sum_S / count
+        square_S = mean_S * mean_S
+        for delta_S in deltas_NS[1:]:
+            apart_S = (delta_S - deltas_NS[0]) - mean_S
+            square_S = square_S + apart_S * apart_S
+        return square_S / count
+    inverse = torch.tensor(1.0, dtype=deltas_NS.dtype) / count
+    common_S = sum_S * (sum_S * inverse)
+    left_S = square_S - common_S
+    left_S = torch.where(left_S > 0, left_S, 0.0)
+    return torch.where(common_S < math.inf, left_S, math.inf) * inverse
 
 
 def balance(deltas_NS: Tensor, largest_N: Tensor, largest_product_N: Tensor) -> Tensor:
