@@ -112,7 +112,7 @@ def main() -> None:
     for name, work in works(found.elements, getattr(torch, found.dtype), found.row).items():
         if not any(text in name for text in found.only):
             continue
-        print(f"| {name} | {seconds(work, found.repeats) / found.elements * 1e9:.1f} |", flush=True)
+        print(f"| {name} | {seconds(work, found.repeats) / found.elements * 1e9:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from fl_merge.fill import Fillers
 from fl_merge.fillers import Filler
 from fl_merge.ops.gram import BLOCK
 from fl_merge.reading import pieces
+from fl_merge.releases import Releases
 from fl_merge.rooms import Rooms
 from fl_merge.shapes import Copy
 from fl_merge.types import (
@@ -141,13 +142,15 @@ def execute(
         sink.begin({name: everything[name] for name in order})
         with worker_pool(threads or os.cpu_count() or 1) as pool:
             share = sum(output.spec.numel for output in outputs) // (_JOBS * (threads or os.cpu_count() or 1))
-            run = _Run(fillers, sink, written, tied, pool, share, functools.partial(_release, cohort), on_tensor)
+            releases = Releases(cohort)
+            run = _Run(fillers, sink, written, tied, pool, share, releases, on_tensor)
             try:
                 fillers.measure_models(outputs, pool.map)
                 for output in outputs:
                     run.begin(output)
                     run.wait(2 * (threads or os.cpu_count() or 1))
                 run.wait()
+                releases.rest()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -166,15 +169,6 @@ def execute(
         {output.name: output.note for output in outputs if output.note},
         found,
     )
-
-
-def _release(cohort: Cohort, read: Read) -> None:
-    """Let a mapped file go of a tensor that has been read: here many threads do it, at the end it would be one."""
-    if read.of == "tensors":
-        source = cohort.base if read.source == BASE else cohort.updates[read.source].tensors
-        release = getattr(source, "release", None)
-        if release is not None:
-            release(read.name)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -268,7 +262,7 @@ class _Run:
 
     Args:
         share: elements of an output that is small; one of a single slice is too.
-        release: called with what an output has read when that is done.
+        releases: are told of what an output has read when that is done.
     """
 
     def __init__(
@@ -279,7 +273,7 @@ class _Run:
         tied: Mapping[str, str],
         pool: ThreadPoolExecutor,
         share: int,
-        release: Callable[[Read], None],
+        releases: Releases,
         on_tensor: Callable[[str], None] | None,
     ) -> None:
         self._fillers = fillers
@@ -290,7 +284,7 @@ class _Run:
             self._names[first].append(name)
         self._pool = pool
         self._share = share
-        self._release = release
+        self._releases = releases
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
@@ -355,18 +349,23 @@ class _Run:
             for name in names if place_S is None else names[1:]:
                 self._sink.write(name, start, out_S)
 
-    def _write(self, output_name: str, filled_S: torch.Tensor) -> None:
-        for name in self._names[output_name]:
-            self._sink.write(name, 0, filled_S)
-
     def _done(self, output: Output) -> None:
-        for read in output.reads:
-            self._release(read)
-        self._rooms.hand_over(output.name, functools.partial(self._write, output.name))
+        self._releases.add(output.reads, output.spec.nbytes)
+        if self._rooms.has(output.name):
+            self._rooms.hand_over(output.name, functools.partial(self._write, output))
+            return
         let_go = getattr(self._sink, "release", None)
         if let_go is not None:
             for name in self._names[output.name]:
                 let_go(name)
+        self._tell(output)
+
+    def _write(self, output: Output, filled_S: torch.Tensor) -> None:
+        for name in self._names[output.name]:
+            self._sink.write(name, 0, filled_S)
+        self._tell(output)
+
+    def _tell(self, output: Output) -> None:
         if self._on_tensor is not None:
             self._on_tensor(output.name)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
 
 from fl_merge.types import TensorSpec
+
+WAITING = 2
+"""So many outputs may wait to be written while the threads that have filled them go on."""
 
 
 class Rooms:
@@ -23,7 +28,9 @@ class Rooms:
         self._bytes = whole_bytes
         self._rooms: dict[str, torch.Tensor] = {}
         self._spare: list[torch.Tensor] = []
-        self._lock = threading.Lock()
+        self._waiting: deque[tuple[torch.Tensor, Callable[[], None]]] = deque()
+        self._writing = False
+        self._written_one = threading.Condition()
 
     def has(self, name: str) -> bool:
         """Whether an output is filled here."""
@@ -34,17 +41,39 @@ class Rooms:
         if not self.has(name):
             return None
         spec = self._written[name]
-        with self._lock:
+        with self._written_one:
             if name not in self._rooms:
                 self._rooms[name] = self._spare.pop() if self._spare else torch.empty(self._bytes, dtype=torch.uint8)
             return self._rooms[name][: spec.nbytes].view(spec.dtype)
 
     def hand_over(self, name: str, write: Callable[[torch.Tensor], None]) -> None:
-        """Write an output that has been filled here, if it has."""
-        if self.has(name):
-            spec = self._written[name]
-            with self._lock:
-                room = self._rooms.pop(name)
-            write(room[: spec.nbytes].view(spec.dtype))
-            with self._lock:
-                self._spare.append(room)
+        """Write an output that has been filled here.
+
+        One thread writes at a time, since a file lets no two in; what others hand over meanwhile it writes too. They
+        wait only where that is much.
+        """
+        spec = self._written[name]
+        with self._written_one:
+            room = self._rooms.pop(name)
+            self._waiting.append((room, functools.partial(write, room[: spec.nbytes].view(spec.dtype))))
+            while self._writing and len(self._waiting) > WAITING:
+                self._written_one.wait()
+            if self._writing:
+                return
+            self._writing = True
+        try:
+            while True:
+                with self._written_one:
+                    if not self._waiting:
+                        self._writing = False
+                        return
+                    room, write_one = self._waiting.popleft()
+                    self._written_one.notify_all()
+                write_one()
+                with self._written_one:
+                    self._spare.append(room)
+        except BaseException:
+            with self._written_one:
+                self._writing = False
+                self._written_one.notify_all()
+            raise

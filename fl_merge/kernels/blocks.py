@@ -175,6 +175,34 @@ def load(address, code, start, out_B):
             out_B[s] = np.float32(double_B[s])
 
 
+@intrinsic
+def _ask_for(context, address, size):
+    """Ask for so many bytes that are read later; they need not exist."""
+
+    def emit(context, builder, signature, arguments):
+        address, size = arguments
+        with vectors.groups(builder, size, vectors.LINE) as line:
+            place = builder.add(address, builder.mul(line.index, vectors.number(vectors.LINE)))
+            vectors.fetch(builder, place, vectors.LINE)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@compiled_part
+def ask_for_more(address, code, start, size):
+    """Ask for as many elements of the base as are about to be read, behind these. Between two blocks of it, blocks of
+    all clients are read, so that a processor does not notice by itself how it goes on."""
+    _ask_for(address + WIDTHS[code] * (start + size), WIDTHS[code] * size)
+
+
+@compiled_part
+def load_base(address, code, start, out_B):
+    """As `load`, and what is behind is asked for."""
+    ask_for_more(address, code, start, out_B.size)
+    load(address, code, start, out_B)
+
+
 @compiled_part
 def load_delta(address, code, start, base_B, out_B):
     """A client's elements minus the base's, in float32."""

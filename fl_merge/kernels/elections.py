@@ -17,6 +17,7 @@ from fl_merge.kernels.vectors import (
     AHEAD,
     BITS,
     FLOAT,
+    FLOAT32,
     FLOATS,
     MAGNITUDES,
     WORD,
@@ -72,6 +73,15 @@ def _each_large(builder, dtype, where, limits, begin, base):
                 kept = builder.icmp_unsigned("<", builder.sub(magnitude, least), width_of_kept)
             found.append((kept, delta))
         yield client.index, found
+
+
+@contextlib.contextmanager
+def _each_of_rows(builder, dtype, where, limits, begin, base):
+    """As `_each_large`, of rows of float32 in which what is not kept is 0; which deltas are kept needs no saying."""
+    rows, _, count = where
+    with clients(builder, count) as client:
+        row = load(builder, place_of(builder, rows, client.index, WORD), WORD)
+        yield client.index, [(None, delta) for delta in read_pair(builder, dtype, place_of(builder, row, begin, FLOAT))]
 
 
 def _part_of(builder, numbers, client):
@@ -143,6 +153,15 @@ def elects_kept(dtype, *, by, middle=False):
     return elects(dtype, by=by, each_kept=_each_large, two_limits=middle)
 
 
+def elects_rows(*, by):
+    """As `elects_kept`, of rows in which what is not kept is 0.
+
+    Args of what this gives: as there, but
+        models: of addresses of rows of float32; `bases`, `start`, `limits` and `tops` are not looked at.
+    """
+    return elects(FLOAT32, by=by, each_kept=_each_of_rows, two_limits=False)
+
+
 def elects(dtype, *, by, each_kept, two_limits):
     """As `elects_kept`, with what is kept by another rule.
 
@@ -184,8 +203,15 @@ def elects(dtype, *, by, each_kept, two_limits):
                 with each_kept(builder, dtype, where, both, begin, base) as (client, found):
                     weight = _part_of(builder, weights, client)
                     for half, (kept, delta) in enumerate(found):
-                        plus, minus = (builder.and_(kept, builder.fcmp_ordered(than, delta, _ZERO)) for than in "><")
-                        part = builder.select(kept, builder.fmul(delta, weight), _ZERO)
+                        plus, minus = (builder.fcmp_ordered(than, delta, _ZERO) for than in "><")
+                        part = builder.fmul(delta, weight)
+                        if kept is None:
+                            kept = moved = builder.or_(plus, minus)
+                        else:
+                            plus, minus = builder.and_(kept, plus), builder.and_(kept, minus)
+                            part = builder.select(kept, part, _ZERO)
+                            # Of what varies, some may be 0.
+                            moved = builder.or_(plus, minus) if by == "sum" else kept
                         if by == "frequency":
                             _add_where(builder, votes[half], plus, _ONE)
                             _add_where(builder, votes[half], minus, _MINUS_ONE)
@@ -193,8 +219,7 @@ def elects(dtype, *, by, each_kept, two_limits):
                             add_to(builder, votes[half], part)
                         else:
                             _add_where(builder, votes[half], kept, delta)
-                            kept = builder.or_(plus, minus)  # what is 0 may be among what is kept
-                        add_to(builder, moves[half], kept, builder.or_)
+                        add_to(builder, moves[half], moved, builder.or_)
                         for which, total, share in ((plus, up, up_weights), (minus, down, down_weights)):
                             _add_where(builder, total[half], which, part)
                             _add_where(builder, share[half], which, weight)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fl_merge.kernels import across
-from fl_merge.kernels.blocks import BLOCK, compiled_part, compiled_pass, load, load_deltas, store
+from fl_merge.kernels.blocks import BLOCK, compiled_part, compiled_pass, load_base, load_deltas, store
 
 MEDIAN, TRIMMED_MEAN, AROUND_MEDIAN, LARGEST, UNIFIED, CONSENSUS, DAMPED = 1, 2, 3, 4, 5, 6, 7
 
@@ -167,7 +167,7 @@ def combine_elements(
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, value_B, other_B = base_store[:size], value_store[:size], other_store[:size]
-        load(base, base_code, begin, base_B)
+        load_base(base, base_code, begin, base_B)
         load_deltas(clients_N, codes_N, begin, base_B, delta_NB)
         if kind <= AROUND_MEDIAN:
             _sort(delta_NB, size, pairs_P2)

@@ -19,6 +19,7 @@ from fl_merge.kernels.blocks import (
     load,
     load_all,
     load_all_models,
+    load_base,
     load_delta,
     one_dtype,
     sum_by_halves,
@@ -119,7 +120,7 @@ def gram(base, base_code, clients_N, codes_N, deltas, start, stop, out_XNN):
                 size = min(_CHUNK, end - begin)
                 base_B, done = base_store[:size], 0
                 if deltas:
-                    load(base, base_code, begin, base_B)
+                    load_base(base, base_code, begin, base_B)
                 if alike:
                     done, where = size - size % vectors.GROUP, (bases, clients_N.ctypes.data, begin, count)
                     if deltas:

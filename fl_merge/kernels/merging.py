@@ -21,7 +21,7 @@ from fl_merge.kernels.blocks import (
     by_dtype,
     compiled_part,
     compiled_pass,
-    load,
+    load_base,
     load_deltas,
     load_double,
     lowest_bit,
@@ -36,6 +36,9 @@ from fl_merge.kernels.scoring import load_varying, natively
 from fl_merge.kernels.vectors import DOUBLES
 
 KEEP_LARGEST, KEEP_RANDOM, KEEP_MIDDLE, KEEP_VARYING = 1, 2, 3, 4
+OF_ROWS, ABOVE, BETWEEN, VARYING = 0, 1, 2, 3
+"""What `_elected` elects: rows, models above their limits, between two of them, or where they vary."""
+
 ELECT_NONE, ELECT_TOTAL, ELECT_FREQUENCY, ELECT_SUM = 0, 1, 2, 3
 
 _BLOCK = 512
@@ -51,7 +54,9 @@ _elect_by_total, _elect_by_number = (by_dtype(elections.elects_kept, by=how) for
 _elect_middle_by_total, _elect_middle_by_number = (
     by_dtype(elections.elects_kept, by=how, middle=True) for how in ("total", "frequency")
 )
-_elect_by_sum = elections.elects_kept(vectors.FLOAT32, by="sum")  # of rows only
+_elect_rows_by_total, _elect_rows_by_number, _elect_rows_by_sum = (
+    elections.elects_rows(by=how) for how in ("total", "frequency", "sum")
+)
 _elect_varying = by_dtype(varying.elects_varying)
 
 
@@ -91,23 +96,21 @@ def weighted_sum(base, base_code, clients_N, codes_N, scaling, coefficients_N, s
 
 @compiled_part
 def merging_scratch(count, room):
-    """Arrays for `merge_rows`: kept deltas; merged values, those of clients that have a minus, the weights of these,
-    and zeros; which elections are draws; where the rows are; and limits that keep all but 0."""
-    delta_NG, result_4G = np.zeros((count, room), np.float32), np.zeros((4, room), np.float32)
-    rows_N, limits_N = np.empty(count, np.int64), np.full(count, _LEAST, np.float32)
-    rows_N[:] = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
-    return delta_NG, result_4G, np.empty(room // PAIR, np.uint64), rows_N, limits_N
+    """Arrays for `merge_rows`: kept deltas; merged values, those of clients with a minus, and the weights of these;
+    which elections are draws; and where the rows are."""
+    delta_NG, result_3G = np.zeros((count, room), np.float32), np.zeros((3, room), np.float32)
+    rows_N = np.int64(delta_NG.ctypes.data) + 4 * room * np.arange(count)
+    return delta_NG, result_3G, np.empty(room // PAIR, np.uint64), rows_N
 
 
 @compiled_part
 def places_of(scratch):
     """Addresses of what `merging_scratch` gives. The arrays must be in use where these are."""
-    delta_NG, result_4G, drawn_X, rows_N, limits_N = scratch
+    delta_NG, result_3G, drawn_X, rows_N = scratch
     count, room = delta_NG.shape
-    result, limits = np.int64(result_4G.ctypes.data), np.int64(limits_N.ctypes.data)
+    result = np.int64(result_3G.ctypes.data)
     results = result, result + 4 * room, result + 8 * room, np.int64(drawn_X.ctypes.data)
-    rows = np.int64(delta_NG.ctypes.data), 4 * room, np.int64(rows_N.ctypes.data), count, limits
-    return rows, results, result + 12 * room
+    return (np.int64(delta_NG.ctypes.data), 4 * room, np.int64(rows_N.ctypes.data), count), results
 
 
 @compiled_part
@@ -129,20 +132,24 @@ def _elected(code, bases, models, start, count, limits, tops, added, size, how, 
     Returns:
         What `merge_rows` does.
     """
-    weights, elect_by, normalize, scale, bounded = how
+    weights, elect_by, normalize, scale, kind = how
     values, others, shares, drawn = results
     given = models, start, count, limits, tops, weights, added, scale, normalize, size, *results
-    if elect_by == ELECT_FREQUENCY:
-        if bounded:
+    if kind == OF_ROWS:
+        if elect_by == ELECT_FREQUENCY:
+            won, here, most = _elect_rows_by_number(bases, *given)
+        elif elect_by == ELECT_SUM:
+            won, here, most = _elect_rows_by_sum(bases, *given)
+        else:
+            won, here, most = _elect_rows_by_total(bases, *given)
+    elif kind == VARYING:
+        won, here, most = _elect_varying(code, bases, *given)
+    elif elect_by == ELECT_FREQUENCY:
+        if kind == BETWEEN:
             won, here, most = _elect_middle_by_number(code, bases, *given)
         else:
             won, here, most = _elect_by_number(code, bases, *given)
-    elif elect_by == ELECT_SUM:
-        if bounded:
-            won, here, most = _elect_varying(code, bases, *given)
-        else:
-            won, here, most = _elect_by_sum(bases, *given)
-    elif bounded:
+    elif kind == BETWEEN:
         won, here, most = _elect_middle_by_total(code, bases, *given)
     else:
         won, here, most = _elect_by_total(code, bases, *given)
@@ -182,8 +189,7 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
 
     Args:
         base_G: in whole groups; what is behind `size` becomes 0, in the rows too.
-        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`, and whether `tops` are looked
-            at: not here.
+        how: the address of the weights, elect_by, normalize, scale, as in `prune_combine`, and OF_ROWS.
         scratch, places: of `merging_scratch`, with the deltas, and of `places_of`.
         noted: the addresses of drawn_M and otherwise_M, their size, and how many draws there have been.
 
@@ -191,7 +197,7 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
         What `prune_combine` does, of these elements.
     """
     weights, elect_by, _, scale, _ = how
-    (rows, stride, models, count, limits), results, zeros = places
+    (rows, stride, models, count), results = places
     bases = np.int64(base_G.ctypes.data)
     if elect_by == ELECT_NONE:
         add_weighted(rows, stride, count, weights, bases, scale, size, results[0])
@@ -200,7 +206,7 @@ def merge_rows(base_G, size, how, scratch, places, out, out_code, begin, noted):
     if size % PAIR:
         scratch[0][:, size:] = _ZERO
         base_G[size:] = _ZERO
-    where = zeros, models, 0, count, limits, limits, bases
+    where = bases, models, 0, count, 0, 0, bases
     return _elected(FLOAT32, *where, size, how, results, out, out_code, begin, noted)
 
 
@@ -282,15 +288,16 @@ def prune_combine(
     block = BLOCK if native else _BLOCK
     scratch, base_store = merging_scratch(count, block), np.zeros(block, np.float32)
     delta_NB, places = scratch[0], places_of(scratch)
-    (rows, stride, _, _, _), results, _ = places
+    (rows, stride, _, _), results = places
     value_B = scratch[1][0]
     limit_N, top_N = np.empty(count, np.float32), np.full(count, np.nan, np.float32)
     limits, tops = np.int64(limit_N.ctypes.data), np.int64(top_N.ctypes.data)
     if prune == KEEP_VARYING:
         tops = places[0][0]  # the rows are scratch there
     models, weights = np.int64(clients_N.ctypes.data), np.int64(weights_N.ctypes.data)
-    bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale, False)
-    how_native = weights, elect_by, normalize, scale, prune != KEEP_LARGEST
+    bases, how = np.int64(base_store.ctypes.data), (weights, elect_by, normalize, scale, OF_ROWS)
+    kind = VARYING if prune == KEEP_VARYING else BETWEEN if prune == KEEP_MIDDLE else ABOVE
+    how_native = weights, elect_by, normalize, scale, kind
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     least = _ZERO if elect_by == ELECT_NONE else _LEAST
     largest, largest_drawn = np.uint32(0), np.uint32(0)
@@ -308,7 +315,7 @@ def prune_combine(
             alike = min(alike, size) // PAIR * PAIR
             size = alike if alike else min(size, PAIR)
         base_B = base_store[:size]
-        load(base, base_code, begin, base_B)
+        load_base(base, base_code, begin, base_B)
         if alike:
             where = bases, models, begin, count, limits, tops
             if elect_by == ELECT_NONE:

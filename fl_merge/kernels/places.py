@@ -6,6 +6,8 @@ loop, where neither waits for the other.
 
 from __future__ import annotations
 
+import functools
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -37,7 +39,7 @@ LANES = 2
 STRIDE = CLASSES + WIDE
 """From one count of a class to the next: other lines of the cache."""
 
-_SHORT = ir.IntType(16)
+_SHORT, _LANES = ir.IntType(16), ir.IntType(WIDE)
 _ZERO, _ONE = constant(FLOATS, 0.0), constant(FLOATS, 1.0)
 _DRAWS, _MOST = constant(FLOATS, 2.0**32), constant(FLOATS, 2.0**32 - 256)
 
@@ -93,30 +95,32 @@ def chances_of_classes(context, counts, size, highest, step, own_chance, chances
         (before,) = registers(builder, [none])
         with vectors.groups(builder, size, WIDE) as group:
             begin = builder.mul(group.index, number(WIDE))
-            count = none
-            for lane in range(LANES):
-                place = place_of(builder, counts, begin, INDEX, lane * STRIDE)
-                count = builder.add(count, vectors.load(builder, place, BITS))
-                store(builder, none, place)
-            upto = count
-            for by in (1, 2, 4, 8):
-                moved = ir.Constant(BITS, [WIDE if lane < by else lane - by for lane in range(WIDE)])
-                upto = builder.add(upto, builder.shuffle_vector(upto, none, moved))
-            upto = builder.add(upto, builder.load(before))
-            builder.store(builder.shuffle_vector(upto, none, constant(BITS, WIDE - 1)), before)
-            twice = builder.sub(builder.sub(builder.add(upto, upto), count), constant(BITS, 1))
-            chance = builder.fsub(highest, builder.fmul(builder.uitofp(twice, FLOATS), step))
-            chance = builder.select(builder.fcmp_ordered(">", chance, least), chance, least)
-            limit = builder.fmul(chance, _DRAWS)
-            limit = builder.call(ceil, [builder.select(builder.fcmp_ordered("<", limit, _MOST), limit, _MOST)])
-            limit = builder.sub(builder.fptoui(limit, BITS), constant(BITS, 1))
-            limit = builder.select(builder.fcmp_ordered(">=", chance, _ONE), constant(BITS, -1), limit)
-            factor = builder.select(own_chance, builder.fdiv(_ONE, chance), _ONE)
-            both = limit, builder.bitcast(factor, BITS)
-            for half in (0, 1):
-                lanes = [WIDE * (lane % 2) + (WIDE * half + lane) // 2 for lane in range(WIDE)]
-                found = builder.shuffle_vector(*both, ir.Constant(BITS, lanes))
-                store(builder, found, place_of(builder, chances, begin, WORD, half * WIDE // 2))
+            places = [place_of(builder, counts, begin, INDEX, lane * STRIDE) for lane in range(LANES)]
+            count = functools.reduce(builder.add, [vectors.load(builder, place, BITS) for place in places])
+            some = builder.bitcast(builder.icmp_unsigned("!=", count, none), _LANES)
+            # Of classes that no element is in nothing is looked up.
+            with builder.if_then(builder.icmp_unsigned("!=", some, ir.Constant(_LANES, 0))):
+                for place in places:
+                    store(builder, none, place)
+                upto = count
+                for by in (1, 2, 4, 8):
+                    moved = ir.Constant(BITS, [WIDE if lane < by else lane - by for lane in range(WIDE)])
+                    upto = builder.add(upto, builder.shuffle_vector(upto, none, moved))
+                upto = builder.add(upto, builder.load(before))
+                builder.store(builder.shuffle_vector(upto, none, constant(BITS, WIDE - 1)), before)
+                twice = builder.sub(builder.sub(builder.add(upto, upto), count), constant(BITS, 1))
+                chance = builder.fsub(highest, builder.fmul(builder.uitofp(twice, FLOATS), step))
+                chance = builder.select(builder.fcmp_ordered(">", chance, least), chance, least)
+                limit = builder.fmul(chance, _DRAWS)
+                limit = builder.call(ceil, [builder.select(builder.fcmp_ordered("<", limit, _MOST), limit, _MOST)])
+                limit = builder.sub(builder.fptoui(limit, BITS), constant(BITS, 1))
+                limit = builder.select(builder.fcmp_ordered(">=", chance, _ONE), constant(BITS, -1), limit)
+                factor = builder.select(own_chance, builder.fdiv(_ONE, chance), _ONE)
+                both = limit, builder.bitcast(factor, BITS)
+                for half in (0, 1):
+                    lanes = [WIDE * (lane % 2) + (WIDE * half + lane) // 2 for lane in range(WIDE)]
+                    found = builder.shuffle_vector(*both, ir.Constant(BITS, lanes))
+                    store(builder, found, place_of(builder, chances, begin, WORD, half * WIDE // 2))
         return context.get_dummy_value()
 
     return types.void(ADDRESS, ADDRESS, types.float32, types.float32, types.boolean, ADDRESS), emit

@@ -19,12 +19,12 @@ from fl_merge.kernels.blocks import (
     compiled_part,
     compiled_pass,
     from_bits,
-    load,
+    load_base,
     load_delta,
     pointer,
     uniform_words,
 )
-from fl_merge.kernels.merging import in_use, merge_rows, merging_scratch, places_of
+from fl_merge.kernels.merging import OF_ROWS, in_use, merge_rows, merging_scratch, places_of
 from fl_merge.kernels.places import (
     CLASSES,
     DROPPED_BITS,
@@ -209,14 +209,14 @@ def rank_combine(
     )
     bases, deltas = np.int64(base_store.ctypes.data), np.int64(delta_S.ctypes.data)
     models, kept = np.int64(clients_N.ctypes.data), np.int64(scratch[0].ctypes.data)
-    how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale, False
+    how = np.int64(weights_N.ctypes.data), elect_by, normalize, scale, OF_ROWS
     drawn, otherwise = np.int64(drawn_M.ctypes.data), np.int64(otherwise_M.ctypes.data)
     largest, largest_drawn = np.uint32(0), np.uint32(0)
     tally, draws = 0, 0
     for begin in range(start, stop, group):
         size = min(group, stop - begin)
         base_S = base_store[:size]
-        load(base, base_code, begin, base_S)
+        load_base(base, base_code, begin, base_S)
         for n in range(count):
             done = size - size % GROUP
             _load_row(codes_N[n], bases, models + 8 * n, begin, 1, done, deltas, 0)

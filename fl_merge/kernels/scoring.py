@@ -18,7 +18,7 @@ from fl_merge.kernels.blocks import (
     compiled_pass,
     from_bits,
     from_double_bits,
-    load,
+    load_base,
     load_delta,
     load_deltas,
     one_dtype,
@@ -176,7 +176,7 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
         work_KB: SCRATCH rows of scratch, and then one for each client, which takes its deltas (but with DELTAS).
     """
     base_B = work_KB[0, :size]
-    load(base, base_code, begin, base_B)
+    load_base(base, base_code, begin, base_B)
     count = clients_N.size
     delta_NB = score_RB[:count] if kind == DELTAS else work_KB[SCRATCH : SCRATCH + count]
     if kind == DELTAS:
@@ -220,7 +220,7 @@ def largest_of_products(base, base_code, clients_N, codes_N, start, stop, larges
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, total_B = base_store[:size], total_store[:size]
-        load(base, base_code, begin, base_B)
+        load_base(base, base_code, begin, base_B)
         done = size - size % across.GROUP if alike else 0
         _find_largest(codes_N[0], base_B.ctypes.data, clients_N.ctypes.data, begin, count, done, scratch, found)
         loaded = False
@@ -264,7 +264,7 @@ def kept_squares(base, base_code, clients_N, codes_N, threshold, above, last, st
             begin = first + g * GROUP
             size, done = min(GROUP, end - begin), 0
             base_B = base_store[:size]
-            load(base, base_code, begin, base_B)
+            load_base(base, base_code, begin, base_B)
             if native and not begin <= last < begin + size - 1:
                 done, limit = size - size % across.GROUP, threshold if begin <= last else above
                 _add_squares(codes_N[0], bases, models, begin, count, limit, done, rows, sums)
@@ -342,7 +342,7 @@ def combine_balanced(
     for begin in range(start, stop, BLOCK):
         size = min(BLOCK, stop - begin)
         base_B, value_B = work_KB[0, :size], work_KB[2, :size]
-        load(base, base_code, begin, base_B)
+        load_base(base, base_code, begin, base_B)
         done = _in_registers(codes_N, size, kind, decay)
         for n in range(count):
             limit_N[n] = thresholds_N[n] if begin <= last_N[n] else above_N[n]

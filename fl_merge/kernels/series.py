@@ -1,4 +1,4 @@
-"""Numbers by which the definitions of scores (`ops.scores`) and their passes compute alike: powers of 2, tanh, variances.
+"""Numbers by which the definitions of scores (`ops.scores`) and their passes compute alike.
 
 Series are given from the constant term on, divided by the magnitude of their highest one, which saves a product: a
 factor that all balances have changes neither their order nor their proportions.

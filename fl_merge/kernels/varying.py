@@ -133,8 +133,8 @@ def finds_variances(dtype):
 
 
 def adds_varying_squares(dtype):
-    """sums[n, l] += the squares, in float64, of those deltas of a client of lane l whose variance is at least the limit,
-    one after the other.
+    """sums[n, l] += the squares, in float64, of those of a client's deltas whose variance is at least the limit, one
+    after the other.
 
     Args:
         dtype: of the models.

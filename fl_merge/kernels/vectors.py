@@ -19,7 +19,7 @@ GROUP, DOUBLES = 64, 32
 _SECOND_CACHE = 2
 """LLVM's number for it."""
 
-_LINE = 64
+LINE = 64
 """Bytes that caches take together."""
 
 AHEAD = 1024
@@ -220,7 +220,7 @@ def fetch(builder, address, size):
     """Ask for so many bytes that are read later, into the second cache. They need not exist."""
     name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, INDEX, INDEX, INDEX])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, name)
-    for at in range(0, size, _LINE):
+    for at in range(0, size, LINE):
         place = builder.inttoptr(builder.add(address, number(at)), cgutils.voidptr_t)
         builder.call(prefetch, [place, INDEX(0), INDEX(_SECOND_CACHE), INDEX(1)])
 

@@ -17,9 +17,9 @@ _TERMS = tuple(math.log(2) ** power / math.factorial(power) for power in range(1
 def variance(deltas_NS: Tensor) -> Tensor:
     """The variance of each element over the clients (population), added in the clients' order.
 
-    It is that of their differences from the first client, so that it is 0 where all are equal. Those sums of squares are
-    at most N times what is left when the mean's square is taken from them: of MANY clients that costs a few bits, of
-    more the mean is taken from each before it is squared.
+    It is that of their differences from the first client, so that it is 0 where all are equal. Their sum of squares is
+    at most N + 1 times what is left when that of the mean is taken from it: with MANY clients that costs a few bits;
+    with more, the mean is taken from each before it is squared.
 
     Args:
         deltas_NS: (N, S), a floating dtype.

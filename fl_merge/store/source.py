@@ -11,7 +11,7 @@ import os
 import platform
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +78,14 @@ class SafetensorsSource:
         """
         return self._where[name].read(name)
 
-    def release(self, name: str) -> None:
-        """Say that a tensor will not be read for now: what is mapped of it need not stay in this process. A tensor that
-        has been read stays valid, and comes from the file again when it is touched."""
-        self._where[name].release(name)
+    def release(self, names: Iterable[str]) -> None:
+        """Say that tensors will not be read for now: what is mapped of them need not stay in this process. Those that
+        have been read stay valid, and come from the file again when they are touched."""
+        by_file: dict[_File, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._where[name], []).append(name)
+        for file, members in by_file.items():
+            file.release(members)
 
     def aliases(self) -> Mapping[str, str]:
         """None: the format stores each tensor once."""
@@ -92,7 +96,7 @@ class _File:
     """One mapped file. The format's own library checks its header: sizes, no overlap, no hole, nothing behind."""
 
     def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
-        self._path = path
+        self._path, self._name = path, str(path)
         try:
             file = held.enter_context(open(path, "rb"))  # noqa: SIM115
             found = os.fstat(file.fileno())
@@ -110,7 +114,7 @@ class _File:
 
     def read(self, name: str) -> Tensor:
         with contextlib.suppress(FileNotFoundError):  # one that was removed stays readable, and so does one replaced
-            now = self._path.stat()
+            now = os.stat(self._name)
             if (now.st_dev, now.st_ino) == self._identity and now.st_size < self._size:
                 raise DecodeError(f"'{self._path}' has {now.st_size:,} bytes, had {self._size:,} when it was opened")
         spec, start = self.specs[name], self._start[name]
@@ -121,11 +125,18 @@ class _File:
             return as_bytes.clone().view(spec.dtype).view(spec.shape)
         return torch.frombuffer(self._map.buffer, dtype=spec.dtype, count=spec.numel, offset=start).view(spec.shape)
 
-    def release(self, name: str) -> None:
-        start = self._start[name]
-        first, end = -(-start // mmap.PAGESIZE), (start + self.specs[name].nbytes) // mmap.PAGESIZE
-        if first < end and _DROP is not None:  # whole pages: others stand on the rest of the first and the last
-            _DROP(self._map.address + first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE, mmap.MADV_DONTNEED)
+    def release(self, names: Iterable[str]) -> None:
+        if _DROP is None:
+            return
+        ranges: list[tuple[int, int]] = []
+        for start, end in sorted((self._start[name], self._start[name] + self.specs[name].nbytes) for name in names):
+            if ranges and ranges[-1][1] == start:  # neighbours go together: each time, all cores have to hear of it
+                start = ranges.pop()[0]
+            ranges.append((start, end))
+        for start, end in ranges:
+            first, last = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE
+            if first < last:  # whole pages: others stand on the rest of the first and the last
+                _DROP(self._map.address + first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, mmap.MADV_DONTNEED)
 
 
 def _spec(handle: Any, name: str) -> TensorSpec:
