@@ -6,6 +6,9 @@ It reads jobs in JSON, a line each. Each kind of job is first done on a tiny mod
 and whatever else is loaded on first use are there before the clock starts. Then, for each repetition: it prepares,
 says that it is ready, waits for a line, works, prints its wall and CPU seconds, hears whether that was the last
 repetition, and prints what it has found out beside. It also runs in the interpreter of mergekit's environment.
+
+A job with a `floor` has that job done too before each repetition, and says how long it took: what a machine does that
+others use as well changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -69,9 +72,11 @@ def do(job: Job, warm: set[tuple[str, ...]], say: Callable[[dict[str, Any]], Non
         clear(out)
         warm.add(sort)
     fresh = prepare(job, Path(job["folder"]), out)
+    floor = floor_of(job) if "floor" in job else None
     last = False
     while not last:
         clear(out)
+        beneath = floor() if floor is not None else {}
         work, examine = both(fresh())
         give_back_freed_memory()
         say({})
@@ -79,12 +84,30 @@ def do(job: Job, warm: set[tuple[str, ...]], say: Callable[[dict[str, Any]], Non
         cpu, wall = cpu_seconds(), time.perf_counter()
         result = work()
         seconds = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu}
-        say(seconds)
+        say(seconds | beneath)
         last = sys.stdin.readline() != "again\n"
         say(examine(result) if last and examine is not None else {})
         del work, result
     if not job.get("keep"):
         clear(out)
+
+
+def floor_of(job: Job) -> Callable[[], dict[str, float]]:
+    """Does the job that is a floor of another, and gives its wall and CPU seconds."""
+    out = Path(job["out"] + "-floor")
+    module = importlib.import_module(f"benchmarks.{PREPARE['floor']}")
+    fresh = module.floor(job["floor"], Path(job["folder"]), out)
+
+    def floor() -> dict[str, float]:
+        work, _ = both(fresh())
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        try:
+            work()
+            return {"floor_wall": time.perf_counter() - wall, "floor_cpu": cpu_seconds() - cpu}
+        finally:
+            clear(out)
+
+    return floor
 
 
 def both(given: Any) -> tuple[Work, Callable[[Any], dict[str, Any]] | None]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -22,14 +22,23 @@ SAMPLE_SECONDS = 0.002
 """Between two looks at a process's memory."""
 
 
+class Floor(NamedTuple):
+    """Seconds of the work that is the floor of another."""
+
+    wall: float
+    cpu: float
+
+
 @dataclass(frozen=True)
 class Run:
-    """One repetition: seconds, bytes above the start where the system tells them, and what the work found out."""
+    """One repetition: seconds, bytes above the start where the system tells them, what the work found out, and how long
+    its floor took just before."""
 
     wall: float
     cpu: float
     extra: int | None
     more: Mapping[str, Any]
+    floor: Floor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Measured:
             Later repetitions begin with what the allocator has kept.
         runs: how many there were.
         more: what the last repetition found out beside.
+        floor: medians of the floor's times before each repetition, if it was measured there.
     """
 
     wall: float
@@ -53,6 +63,7 @@ class Measured:
     extra: int | None
     runs: int
     more: Mapping[str, Any] = field(default_factory=dict)
+    floor: Floor | None = None
 
     @classmethod
     def of(cls, runs: Sequence[Run]) -> Measured:
@@ -60,6 +71,7 @@ class Measured:
         timed = runs[1:] or runs  # the first is the one whose memory was watched
         walls = [run.wall for run in timed]
         middle = statistics.median(walls)
+        floors = [run.floor for run in timed if run.floor is not None]
         return cls(
             middle,
             statistics.median(run.cpu for run in timed),
@@ -68,6 +80,7 @@ class Measured:
             runs[0].extra,
             len(timed),
             runs[-1].more,
+            Floor(*map(statistics.median, zip(*floors, strict=True))) if floors else None,
         )
 
 
@@ -123,7 +136,8 @@ class Worker:
             self._say("last" if last else "again")
             more = self._hear()
             extra = None if before is None else highest - before
-            runs.append(Run(found["wall"], found["cpu"], extra, more))
+            floor = Floor(found["floor_wall"], found["floor_cpu"]) if "floor_wall" in found else None
+            runs.append(Run(found["wall"], found["cpu"], extra, more, floor))
             if last:
                 return Measured.of(runs)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Measured
+from benchmarks.measure import Floor, Measured
 from benchmarks.rows import Row
 
 UNSTABLE = 0.5
@@ -103,15 +103,17 @@ def times(mine: Measured) -> tuple[str, ...]:
 
 
 def side_by_side(title: str, rows: Sequence[Row], results: Mapping[str, Measured]) -> Sheet:
-    """Rows with their ratios to the floor and, for a peer's, to ours."""
-    sheet = Sheet(title, ("work", *TIMES, "x floor", "CPU x floor", "x ours", "CPU x ours"))
+    """Rows with their ratios to the floor (as it was before each repetition, where it was measured there) and, for a
+    peer's, to ours."""
+    sheet = Sheet(title, ("work", *TIMES, "floor s", "x floor", "CPU x floor", "x ours", "CPU x ours"))
     for row in rows:
         mine = results.get(row.label)
         if mine is None:
             sheet.rows.append((row.label, "failed"))
             continue
-        against = (*ratios(mine, results.get(row.floor or "")), *ratios(mine, results.get(row.against or "")))
-        sheet.rows.append((row.label, *times(mine), *against))
+        floor = mine.floor or results.get(row.floor or "")
+        against = (*ratios(mine, floor), *ratios(mine, results.get(row.against or "")))
+        sheet.rows.append((row.label, *times(mine), f"{floor.wall:.3f}" if floor else "", *against))
     sheet.notes += unstable(rows, results)
     return sheet
 
@@ -151,7 +153,7 @@ def unstable(rows: Sequence[Row], results: Mapping[str, Measured]) -> list[str]:
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def ratios(mine: Measured, other: Measured | None) -> tuple[str, str]:
+def ratios(mine: Measured, other: Measured | Floor | None) -> tuple[str, str]:
     """Of walls and of CPU seconds, as text; empty without another row."""
     if other is None:
         return "", ""

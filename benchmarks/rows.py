@@ -140,6 +140,8 @@ def merge_rows(
                 cases.append((2, f"{part}: slerp, 2 models", floor_of_two))
             for count, label, limit in cases:
                 job = common | {"kind": "merge", "memory": memory, "method": method, "models": count}
+                if not memory:
+                    job |= {"floor": {"memory": False, "models": count}}
                 theirs = MERGEKIT_METHODS.get(method) if mergekit and (method != "slerp" or count == 2) else None
                 compared = not memory and theirs is not None and not method.startswith(NOT_THE_SAME)
                 if compared:

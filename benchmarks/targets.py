@@ -67,7 +67,8 @@ def of_files(results: Mapping[str, Measured], models: int, dtype: str) -> list[L
     ):
         for method in methods:
             mine = results.get(f"files: {method}")
-            value = mine.wall / floor.wall if mine and floor else None
+            beneath = mine.floor or floor if mine else None
+            value = mine.wall / beneath.wall if mine and beneath else None
             limits.append(Limit(f"{dtype}, files, {method}: <= {most} x floor", value, most, unit="{:.2f} x"))
     extras = [mine.extra for label, mine in results.items() if label.startswith("files: ") and mine.extra is not None]
     largest = max(extras) / MB if extras else None

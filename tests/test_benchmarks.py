@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from benchmarks import targets
 from benchmarks.data import TINY, make_models, parameters_of
 from benchmarks.engine import parsed
-from benchmarks.measure import Measured, Run, Worker, WorkFailedError
+from benchmarks.measure import Floor, Measured, Run, Worker, WorkFailedError
 from benchmarks.report import BEGIN, END, Report, Sheet, exponent, flower_sheet, markdown, ratios, side_by_side
 from benchmarks.rows import Bench, Row, merge_rows
 from benchmarks.scaling import Slopes, measure_scaling
@@ -52,7 +53,9 @@ def test_a_tiny_run_prints_tables_writes_markdown_and_leaves_no_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 models of 10,256 parameters, bfloat16" in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("files: weighted_average"))
-    assert len(row.split()) == 2 + 8  # six of time and memory, two ratios to the floor
+    assert len(row.split()) == 2 + 9  # six of time and memory, the floor's time and two ratios to it
+    floor, wall, ratio = float(row.split()[8]), float(row.split()[2]), float(row.split()[9])
+    assert abs(ratio - wall / floor) < 0.06 + 0.1 * ratio  # of rounded numbers
     assert row.split()[5] == "2"  # runs
     text = file.read_text()
     assert "| files: weighted_average |" in text
@@ -194,6 +197,9 @@ def test_peers_are_compared_with_the_row_that_does_the_same(tmp_path):
 def test_repetitions_become_medians_and_the_first_ones_memory():
     runs = [Run(3.0, 5.0, 70, {}), Run(1.0, 4.0, 90, {}), Run(2.0, 6.0, 80, {"bytes": 1})]
     assert Measured.of(runs) == Measured(1.5, 5.0, 1.0, 2 / 3, 70, 2, {"bytes": 1})
+    floors = [Floor(9.0, 9.0), Floor(1.0, 2.0), Floor(2.0, 3.0)]
+    with_floors = [replace(run, floor=floor) for run, floor in zip(runs, floors, strict=True)]
+    assert Measured.of(with_floors).floor == (1.5, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +224,14 @@ def test_ratios_are_to_the_other_row():
     sheet = side_by_side("t", [*rows, Row("gone", {})], {"floor": took(1), "ours": took(2), "theirs": took(8)})
     assert [row[-4::2] for row in sheet.rows[:3]] == [("", ""), ("2.0", ""), ("8.0", "4.0")]
     assert sheet.rows[3] == ("gone", "failed")
+
+
+def test_ratios_are_to_the_floor_just_before():
+    mine = replace(took(6.0, 4.0), floor=Floor(3.0, 1.0))
+    sheet = side_by_side("t", [Row("files: ties", {}, floor="floor")], {"floor": took(1), "files: ties": mine})
+    assert sheet.rows[0][-5:] == ("3.000", "2.0", "4.0", "", "")
+    limits = targets.of_files({"floor, files, 8 models": took(1), "files: ties": mine}, 8, "float32")
+    assert next(limit.value for limit in limits if "ties" in limit.text and limit.value) == 2.0
 
 
 def test_a_refusal_is_no_failure():
