@@ -10,6 +10,7 @@ import functools
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fl_merge.kernels import vectors
@@ -41,6 +42,7 @@ STRIDE = CLASSES + WIDE
 
 _SHORT, _LANES = ir.IntType(16), ir.IntType(WIDE)
 _ZERO, _ONE = constant(FLOATS, 0.0), constant(FLOATS, 1.0)
+_SHORTS = vectors.vector(_SHORT)
 _DRAWS, _MOST = constant(FLOATS, 2.0**32), constant(FLOATS, 2.0**32 - 256)
 
 
@@ -50,6 +52,58 @@ def _classes_of(builder, classes, index):
         word = vectors.load(builder, place_of(builder, classes, index, _SHORT, four), WORD, align=2)
         for place in range(4):
             yield builder.and_(builder.lshr(word, number(16 * place)), number(0xFFFF))
+
+
+def _largest_short(builder, numbers):
+    """The largest of the lanes of a vector of unsigned numbers of 16 bits, as one of 64."""
+    name, kind = f"llvm.vector.reduce.umax.v{WIDE}i16", ir.FunctionType(_SHORT, [_SHORTS])
+    return builder.zext(builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [numbers]), WORD)
+
+
+def _larger(builder, one, other):
+    return builder.select(builder.icmp_unsigned(">", one, other), one, other)
+
+
+@intrinsic
+def write_steps(context, deltas, groups, classes):
+    """Write the bits of the magnitudes of so many groups of 16 elements, without the DROPPED_BITS, and give the largest
+    of them."""
+
+    def emit(context, builder, signature, arguments):
+        deltas, groups, classes = arguments
+        (largest,) = registers(builder, [constant(_SHORTS, 0)])
+        with vectors.clients(builder, groups) as group:
+            begin = builder.mul(group.index, number(WIDE))
+            bits = vectors.load(builder, place_of(builder, deltas, begin, FLOAT), BITS)
+            upper = builder.trunc(builder.lshr(bits, constant(BITS, 16)), _SHORTS)
+            # Without the sign, which is the highest.
+            steps = builder.lshr(builder.shl(upper, constant(_SHORTS, 1)), constant(_SHORTS, DROPPED_BITS - 16 + 1))
+            store(builder, steps, place_of(builder, classes, begin, _SHORT))
+            builder.store(_larger(builder, steps, builder.load(largest)), largest)
+        return _largest_short(builder, builder.load(largest))
+
+    return types.int64(*[ADDRESS] * 3), emit
+
+
+@intrinsic
+def classify_steps(context, classes, groups, first):
+    """What `write_steps` has written becomes classes, given the largest of it; gives the last class but the very last
+    that an element is in."""
+
+    def emit(context, builder, signature, arguments):
+        classes, groups, first = arguments
+        first = everywhere(builder, builder.trunc(first, _SHORT))
+        none, least = constant(_SHORTS, 0), constant(_SHORTS, CLASSES - 1)
+        (last,) = registers(builder, [none])
+        with vectors.clients(builder, groups) as group:
+            place = place_of(builder, classes, builder.mul(group.index, number(WIDE)), _SHORT)
+            below = builder.sub(first, vectors.load(builder, place, _SHORTS))
+            known = builder.icmp_unsigned("<", below, least)
+            store(builder, builder.select(known, below, least), place)
+            builder.store(_larger(builder, builder.select(known, below, none), builder.load(last)), last)
+        return _largest_short(builder, builder.load(last))
+
+    return types.int64(*[ADDRESS] * 3), emit
 
 
 @intrinsic

@@ -32,8 +32,10 @@ from fl_merge.kernels.places import (
     LEAST_CHANCE,
     STRIDE,
     chances_of_classes,
+    classify_steps,
     count_and_draw,
     look_up_and_keep,
+    write_steps,
 )
 from fl_merge.kernels.vectors import WIDE
 
@@ -59,15 +61,17 @@ def _chance(twice, highest, step):
 def _classify(deltas, classes, size):
     """The class of each element; gives the last class but the very last that one is in."""
     delta_R, class_R = carray(pointer(deltas), (size,), np.uint32), carray(pointer(classes), (size,), np.uint16)
-    largest = np.uint32(0)
-    for r in range(size):
-        largest = max(largest, np.uint32(delta_R[r] & MAGNITUDE))
-    first = np.uint32(largest >> np.uint32(DROPPED_BITS))
-    last = np.uint32(0)
-    for r in range(size):
-        below = np.uint32(first - ((delta_R[r] & MAGNITUDE) >> np.uint32(DROPPED_BITS)))
-        class_R[r] = np.uint16(min(below, np.uint32(CLASSES - 1)))
-        last = max(last, below if below < np.uint32(CLASSES - 1) else np.uint32(0))
+    whole = size // WIDE
+    first = write_steps(deltas, whole, classes)
+    for r in range(whole * WIDE, size):
+        step = (delta_R[r] & MAGNITUDE) >> np.uint32(DROPPED_BITS)
+        class_R[r] = np.uint16(step)
+        first = max(first, np.int64(step))
+    last = classify_steps(classes, whole, first)
+    for r in range(whole * WIDE, size):
+        below = first - np.int64(class_R[r])
+        class_R[r] = np.uint16(min(below, CLASSES - 1))
+        last = max(last, below if below < CLASSES - 1 else 0)
     return last
 
 
@@ -120,7 +124,7 @@ def _keep_row(deltas, size, at, key, line, places, kept):
         carray(pointer(counts), (LANES, STRIDE), np.uint32),
     )
     chance_K2 = carray(pointer(chances), (CLASSES, 2), np.uint32)
-    last = np.int64(_classify(deltas, classes, size))
+    last = _classify(deltas, classes, size)
     whole = size // WIDE
     pairs = whole * (WIDE // 2)
     count_and_draw(classes, whole, counts, key, at // 2, draws)
