@@ -21,6 +21,7 @@ from fl_merge.errors import MergeError
 from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.passes import Inputs, largest_magnitude
 from fl_merge.kernels.rows import Rows, largest_of_products
+from fl_merge.kernels.series import MANY
 from fl_merge.methods import (
     breadcrumbs,
     breadcrumbs_ties,
@@ -154,6 +155,15 @@ def test_every_registered_method_does_at_its_defaults(name):
 def test_odd_sizes(method, size):
     base, updates = models(torch.bfloat16, {"a": (size,)}, 5, coarse=True)
     defined, compiled = both(lambda: merge(method, base, updates, seed=1))
+    assert defined == compiled
+
+
+@pytest.mark.parametrize("count", [1, 2, MANY, MANY + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_variances_over_one_client_and_over_many(count, dtype):
+    base, updates = models(dtype, {"a": (1300,)}, count, coarse=True)
+    updates[0]["a"][:40] = 3e29
+    defined, compiled = both(lambda: merge(sce(density=0.4), base, updates, seed=1))
     assert defined == compiled
 
 

@@ -41,5 +41,5 @@ LOWEST = -188.0
 LEAST = 2.0**-120
 """A smaller sum of balances counts as none: its reciprocal might not fit float32."""
 
-MANY = 256
+MANY = 64
 """The variance over up to so many clients is found in one go."""

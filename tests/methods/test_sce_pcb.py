@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fl_merge import merge
+from fl_merge.kernels.series import MANY
 from fl_merge.methods import pcb, sce
 from fl_merge.ops.scores import balance, shares, variance
 
@@ -43,6 +44,21 @@ def test_the_variance_is_that_over_clients():
     assert torch.allclose(variance(deltas_NS), deltas_NS.var(dim=0, unbiased=False), rtol=1e-5)
     same_NS = torch.full((3, 4), 0.1)
     assert variance(same_NS).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, MANY, MANY + 1, 2000])
+@pytest.mark.parametrize("apart", [0.0, 1.0, 1e4])
+def test_the_variance_is_right_where_the_first_client_is_far_from_the_others(count, apart):
+    """Differences are taken from the first: then their mean is nearly all of them, and little is left."""
+    deltas_NS = torch.randn(count, 300, generator=torch.Generator().manual_seed(0))
+    deltas_NS[0] += apart
+    wanted_S = deltas_NS.double().var(dim=0, unbiased=False)
+    assert torch.allclose(variance(deltas_NS).double(), wanted_S, rtol=1e-4)
+
+
+def test_a_variance_beyond_float32_is_infinite_and_a_single_client_has_none():
+    assert variance(torch.tensor([[1e20, 1.0], [-1e20, 1.0]])).tolist() == [math.inf, 0.0]
+    assert variance(torch.tensor([[3.0, -4.0]])).tolist() == [0.0, 0.0]
 
 
 def test_pcb_by_hand():
