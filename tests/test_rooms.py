@@ -1,4 +1,4 @@
-"""Outputs that are filled in memory are written whole, by one thread at a time; what was read of files goes together."""
+"""Outputs filled in memory are written whole, by one thread at a time; what was read of files is released together."""
 
 import threading
 import time
