@@ -1,6 +1,6 @@
 """What the compiled passes take alone: one thread, inputs in memory, eight clients.
 
-    python -m benchmarks.passes [--elements N] [--dtype bfloat16] [--repeats 5] [--row 944]
+    python -m benchmarks.passes [--elements N] [--dtype bfloat16] [--repeats 5] [--row 944] [--only TEXT ...]
 
 Processor time, the shortest of the repeats, in nanoseconds per element of the merged tensor (an element
 of all clients). "read" sums up every byte of the inputs, as the floor of `benchmarks.engine` does.

@@ -49,6 +49,9 @@ SLICE_ELEMENTS = 8 * BLOCK
 PIECE_ELEMENTS = 1 << 21
 """The same for the compiled passes, which go through them in smaller blocks by themselves."""
 
+WAITING = 2
+"""So many outputs that have been filled in memory may wait to be written while their threads go on."""
+
 SWITCH_SECONDS = 0.001
 """After so long a thread lets another have the interpreter. Python's own 5 ms are as long as many a compiled pass."""
 
@@ -288,7 +291,7 @@ class _Run:
         self._on_tensor = on_tensor
         self._jobs: deque[Future[None]] = deque()
         self._counting = threading.Lock()
-        self._rooms = Rooms(written, getattr(sink, "whole_bytes", 0))
+        self._rooms = Rooms(written, getattr(sink, "whole_bytes", 0), WAITING)
 
     def begin(self, output: Output) -> None:
         """Start the work on an output. What has to be known of a large one before is worked out by all threads."""

@@ -11,9 +11,6 @@ import torch
 
 from fl_merge.types import TensorSpec
 
-WAITING = 2
-"""So many outputs may wait to be written while the threads that have filled them go on."""
-
 
 class Rooms:
     """Where outputs are filled that are written when they are whole: room in memory that is used again and again.
@@ -21,13 +18,15 @@ class Rooms:
     Args:
         written: what is written.
         whole_bytes: no larger output is filled here, and none if this is 0.
+        waiting: so many outputs may wait to be written while the threads that have filled them go on.
     """
 
-    def __init__(self, written: Mapping[str, TensorSpec], whole_bytes: int) -> None:
+    def __init__(self, written: Mapping[str, TensorSpec], whole_bytes: int, waiting: int) -> None:
         self._written = written
         self._bytes = whole_bytes
         self._rooms: dict[str, torch.Tensor] = {}
         self._spare: list[torch.Tensor] = []
+        self._may_wait = waiting
         self._waiting: deque[tuple[torch.Tensor, Callable[[], None]]] = deque()
         self._writing = False
         self._written_one = threading.Condition()
@@ -56,7 +55,7 @@ class Rooms:
         with self._written_one:
             room = self._rooms.pop(name)
             self._waiting.append((room, functools.partial(write, room[: spec.nbytes].view(spec.dtype))))
-            while self._writing and len(self._waiting) > WAITING:
+            while self._writing and len(self._waiting) > self._may_wait:
                 self._written_one.wait()
             if self._writing:
                 return

@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from fl_merge.execute import WAITING
 from fl_merge.releases import Releases
-from fl_merge.rooms import WAITING, Rooms
+from fl_merge.rooms import Rooms
 from fl_merge.types import BASE, Cohort, Read, TensorSpec, Update
 
 NAMES = [f"w{number}" for number in range(40)]
 
 
 def rooms_for(names):
-    return Rooms({name: TensorSpec((100,), torch.float32) for name in names}, 400)
+    return Rooms({name: TensorSpec((100,), torch.float32) for name in names}, 400, WAITING)
 
 
 def hand_over_all(rooms, write, threads=4):
@@ -88,6 +89,6 @@ def test_tensors_are_released_together_when_they_are_many_bytes_and_at_the_end()
 
 @pytest.mark.parametrize("whole_bytes", [0, 399])
 def test_what_is_too_large_has_no_room(whole_bytes):
-    rooms = Rooms({"w0": TensorSpec((100,), torch.float32)}, whole_bytes)
+    rooms = Rooms({"w0": TensorSpec((100,), torch.float32)}, whole_bytes, WAITING)
     assert not rooms.has("w0")
     assert rooms.place("w0") is None

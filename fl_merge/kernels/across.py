@@ -12,7 +12,6 @@ from numba.extending import intrinsic
 from fl_merge.kernels.networks import sorting_network
 from fl_merge.kernels.vectors import (
     ADDRESS,
-    BITS,
     DOUBLE,
     FLOAT,
     FLOATS,
@@ -32,8 +31,7 @@ from fl_merge.kernels.vectors import (
     vector,
 )
 
-_ZERO, _MINUS_ZERO, _ONE, _MINUS_ONE = (constant(FLOATS, value) for value in (0.0, -0.0, 1.0, -1.0))
-_INFINITE, _NO_BITS = constant(FLOATS, float("inf")), constant(BITS, 0)
+_ZERO, _MINUS_ZERO, _INFINITE = (constant(FLOATS, value) for value in (0.0, -0.0, float("inf")))
 
 
 @intrinsic

@@ -190,16 +190,11 @@ def _ask_for(context, address, size):
 
 
 @compiled_part
-def ask_for_more(address, code, start, size):
-    """Ask for as many elements of the base as are about to be read, behind these. Between two blocks of it, blocks of
-    all clients are read, so that a processor does not notice by itself how it goes on."""
-    _ask_for(address + WIDTHS[code] * (start + size), WIDTHS[code] * size)
-
-
-@compiled_part
 def load_base(address, code, start, out_B):
-    """As `load`, and what is behind is asked for."""
-    ask_for_more(address, code, start, out_B.size)
+    """As `load`, of the base; as many elements behind these are asked for. Between two blocks of it, blocks of all
+    clients are read, so that a processor does not notice by itself how it goes on."""
+    width = WIDTHS[code]
+    _ask_for(address + width * (start + out_B.size), width * out_B.size)
     load(address, code, start, out_B)
 
 

@@ -6,7 +6,7 @@ import heapq
 import os
 from dataclasses import dataclass
 
-from fl_merge.execute import PIECE_ELEMENTS, SLICE_ELEMENTS
+from fl_merge.execute import PIECE_ELEMENTS, SLICE_ELEMENTS, WAITING
 from fl_merge.offline.plan import OfflinePlan
 from fl_merge.shapes import Coordinate, Copy, Matrix, Span
 from fl_merge.store import SafetensorsSink
@@ -47,8 +47,9 @@ def estimate(plan: OfflinePlan, threads: int | None = None) -> Estimate:
                 read[number, target.stored[place]] = plan.models[ref].source.specs()[target.stored[place]].nbytes
     workers = threads or os.cpu_count() or 1
     held = heapq.nlargest(workers, (_held(output, len(sources)) + _room(output) for output in outputs))
+    waiting = heapq.nlargest(WAITING, map(_room, outputs))
     written = sum(output.spec.nbytes for output in outputs)
-    return Estimate(len(outputs), sum(read.values()), written, FIXED + sum(held))
+    return Estimate(len(outputs), sum(read.values()), written, FIXED + sum(held) + sum(waiting))
 
 
 def _room(output: Output) -> int:

@@ -25,17 +25,15 @@ def variance(deltas_NS: Tensor) -> Tensor:
         deltas_NS: (N, S), a floating dtype.
     """
     count = len(deltas_NS)
-    sum_S, square_S = torch.zeros_like(deltas_NS[0]), torch.zeros_like(deltas_NS[0])
+    sum_S = torch.zeros_like(deltas_NS[0])
     for delta_S in deltas_NS[1:]:
-        apart_S = delta_S - deltas_NS[0]
-        sum_S = sum_S + apart_S
+        sum_S = sum_S + (delta_S - deltas_NS[0])
+    mean_S = sum_S / count if count > MANY else torch.zeros_like(sum_S)
+    square_S = mean_S * mean_S
+    for delta_S in deltas_NS[1:]:
+        apart_S = (delta_S - deltas_NS[0]) - mean_S
         square_S = square_S + apart_S * apart_S
     if count > MANY:
-        mean_S = sum_S / count
-        square_S = mean_S * mean_S
-        for delta_S in deltas_NS[1:]:
-            apart_S = (delta_S - deltas_NS[0]) - mean_S
-            square_S = square_S + apart_S * apart_S
         return square_S / count
     inverse = torch.tensor(1.0, dtype=deltas_NS.dtype) / count
     common_S = sum_S * (sum_S * inverse)

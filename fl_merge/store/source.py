@@ -96,7 +96,7 @@ class _File:
     """One mapped file. The format's own library checks its header: sizes, no overlap, no hole, nothing behind."""
 
     def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
-        self._path, self._name = path, str(path)
+        self._path = path
         try:
             file = held.enter_context(open(path, "rb"))  # noqa: SIM115
             found = os.fstat(file.fileno())
@@ -114,7 +114,7 @@ class _File:
 
     def read(self, name: str) -> Tensor:
         with contextlib.suppress(FileNotFoundError):  # one that was removed stays readable, and so does one replaced
-            now = os.stat(self._name)
+            now = self._path.stat()
             if (now.st_dev, now.st_ino) == self._identity and now.st_size < self._size:
                 raise DecodeError(f"'{self._path}' has {now.st_size:,} bytes, had {self._size:,} when it was opened")
         spec, start = self.specs[name], self._start[name]
