@@ -72,8 +72,8 @@ def _balance(builder, deltas, totals, of_size, of_total, decay):
     return _each(builder.fmul, powers, _each(builder.fmul, agreements, curves))
 
 
-def _load_group(builder, dtype, bases, models, start, begin, count, scratch):
-    """Write the deltas of a group to scratch, and give their sums."""
+def load_group(builder, dtype, bases, models, start, begin, count, scratch):
+    """Write the deltas of a group to scratch (as `of_client` tells), and give their sums."""
     read, width = dtype
     base = [load(builder, place_of(builder, bases, begin, FLOAT, at), FLOATS) for at in _PARTS]
     offset = builder.mul(builder.add(start, begin), number(width))
@@ -84,12 +84,13 @@ def _load_group(builder, dtype, bases, models, start, begin, count, scratch):
         for at, each, total in zip(_PARTS, base, totals, strict=True):
             value = cast(builder, read(builder, builder.add(model, number(width * at)), WIDE), FLOAT)
             delta = builder.fsub(value, each)
-            store(builder, delta, _of_client(builder, scratch, client.index, at))
+            store(builder, delta, of_client(builder, scratch, client.index, at))
             add_to(builder, total, delta)
     return [builder.load(total) for total in totals]
 
 
-def _of_client(builder, scratch, client, at):
+def of_client(builder, scratch, client, at):
+    """Where a vector of a client's deltas is in the scratch of a group."""
     return place_of(builder, scratch, builder.mul(client, number(GROUP)), FLOAT, at)
 
 
@@ -99,11 +100,35 @@ def _balances(builder, scratch, client, count, totals, factors, decay):
         everywhere(builder, load(builder, place_of(builder, factors, at, FLOAT), FLOAT))
         for at in (client, builder.add(client, count))
     )
-    deltas = [load(builder, _of_client(builder, scratch, client, at), FLOATS) for at in _PARTS]
+    deltas = [load(builder, of_client(builder, scratch, client, at), FLOATS) for at in _PARTS]
     found = []
     for at in range(0, len(deltas), 2):
         found += _balance(builder, deltas[at : at + 2], totals[at : at + 2], of_size, of_total, decay)
     return found
+
+
+@intrinsic
+def balances_of(context, deltas, totals, of_size, of_total, decay, size, out):
+    """The balances of one client, from its deltas and the sums of all clients' ones.
+
+    Args:
+        size: how many elements, a multiple of 2 WIDE.
+    """
+
+    def emit(context, builder, signature, arguments):
+        deltas, totals, of_size, of_total, decay, size, out = arguments
+        numbers = [everywhere(builder, each) for each in (of_size, of_total, decay)]
+        with groups(builder, size, 2 * WIDE) as group:
+            begin = builder.mul(group.index, number(2 * WIDE))
+            rows = [
+                [load(builder, place_of(builder, row, begin, FLOAT, at), FLOATS) for at in (0, WIDE)]
+                for row in (deltas, totals)
+            ]
+            for at, found in zip((0, WIDE), _balance(builder, *rows, *numbers), strict=True):
+                store(builder, found, place_of(builder, out, begin, FLOAT, at))
+        return context.get_dummy_value()
+
+    return types.void(*[ADDRESS] * 2, *[types.float32] * 3, *[ADDRESS] * 2), emit
 
 
 def finds_balances(dtype):
@@ -128,7 +153,7 @@ def finds_balances(dtype):
             decay = everywhere(builder, decay)
             with groups(builder, size, GROUP) as group:
                 begin = builder.mul(group.index, number(GROUP))
-                totals = _load_group(builder, dtype, bases, models, start, begin, count, scratch)
+                totals = load_group(builder, dtype, bases, models, start, begin, count, scratch)
                 with clients(builder, count) as client:
                     row = builder.add(rows, builder.mul(stride, client.index))
                     each = _balances(builder, scratch, client.index, count, totals, factors, decay)
@@ -155,17 +180,17 @@ def adds_balanced(dtype):
         def emit(context, builder, signature, arguments):
             bases, models, start, count, factors, decay, limits, size, scratch, out = arguments
             decay = everywhere(builder, decay)
-            kept_scratch = _of_client(builder, scratch, count, 0)
+            kept_scratch = of_client(builder, scratch, count, 0)
             with groups(builder, size, GROUP) as group:
                 begin = builder.mul(group.index, number(GROUP))
-                totals = _load_group(builder, dtype, bases, models, start, begin, count, scratch)
+                totals = load_group(builder, dtype, bases, models, start, begin, count, scratch)
                 wholes = registers(builder, [_MINUS_ZERO for _ in _PARTS])
                 with clients(builder, count) as client:
                     limit = everywhere(builder, load(builder, place_of(builder, limits, client.index, FLOAT), FLOAT))
                     each = _balances(builder, scratch, client.index, count, totals, factors, decay)
                     for at, whole, found in zip(_PARTS, wholes, each, strict=True):
                         kept = builder.select(builder.fcmp_ordered(">=", found, limit), found, _ZERO)
-                        store(builder, kept, _of_client(builder, kept_scratch, client.index, at))
+                        store(builder, kept, of_client(builder, kept_scratch, client.index, at))
                         add_to(builder, whole, kept)
                 wholes = [builder.load(whole) for whole in wholes]
                 some = [builder.fcmp_ordered(">=", whole, _LEAST) for whole in wholes]
@@ -178,8 +203,8 @@ def adds_balanced(dtype):
                 sums = registers(builder, [_MINUS_ZERO for _ in _PARTS])
                 with clients(builder, count) as client:
                     for at, whole, factor, total in zip(_PARTS, wholes, inverses, sums, strict=True):
-                        kept = load(builder, _of_client(builder, kept_scratch, client.index, at), FLOATS)
-                        delta = load(builder, _of_client(builder, scratch, client.index, at), FLOATS)
+                        kept = load(builder, of_client(builder, kept_scratch, client.index, at), FLOATS)
+                        delta = load(builder, of_client(builder, scratch, client.index, at), FLOATS)
                         alone = builder.fcmp_ordered("==", kept, whole)
                         share = builder.select(alone, _ONE, builder.fmul(kept, factor))
                         add_to(builder, total, builder.fmul(share, delta))
@@ -210,7 +235,7 @@ def finds_largest(dtype):
 
             with groups(builder, size, GROUP) as group:
                 begin = builder.mul(group.index, number(GROUP))
-                totals = _load_group(builder, dtype, bases, models, start, begin, count, scratch)
+                totals = load_group(builder, dtype, bases, models, start, begin, count, scratch)
                 with clients(builder, count) as client:
                     places = [
                         place_of(builder, found, builder.mul(which, number(WIDE)), FLOAT)
@@ -218,7 +243,7 @@ def finds_largest(dtype):
                     ]
                     largest, product = (load(builder, place, BITS) for place in places)
                     for at, total in zip(_PARTS, totals, strict=True):
-                        delta = load(builder, _of_client(builder, scratch, client.index, at), FLOATS)
+                        delta = load(builder, of_client(builder, scratch, client.index, at), FLOATS)
                         here = builder.bitcast(builder.fmul(delta, total), BITS)
                         largest = larger(builder.and_(builder.bitcast(delta, BITS), MAGNITUDES), largest)
                         product = larger(builder.and_(here, MAGNITUDES), product)

@@ -35,6 +35,7 @@ for _name in (
     "pairs.py",
     "networks.py",
     "series.py",
+    "sifting.py",
     "varying.py",
 ):  # whose parts are in other files' passes
     with open(os.path.join(os.path.dirname(__file__), _name), "rb") as _file:

@@ -61,7 +61,7 @@ def compares_models(dtype):
             low, beyond = everywhere(builder, low), everywhere(builder, beyond)
             above, between, end = registers(builder, [number(0), number(0), found])
             step = builder.mul(listed, number(4))
-            keep = _packs(context, builder)
+            keep = packs(context, builder)
             with groups(builder, size, PAIR) as group:
                 begin = builder.mul(group.index, number(PAIR))
                 start = builder.add(model, builder.mul(begin, number(width)))
@@ -87,8 +87,9 @@ def compares_models(dtype):
     return compare_models
 
 
-def _packs(context, builder):
-    """What writes the chosen lanes of a vector to an address, one behind the other; and perhaps more behind them."""
+def packs(context, builder):
+    """What writes the chosen lanes of a vector, of 32 bits each, to an address, one behind the other; and perhaps more
+    behind them."""
     if "+avx512f" in context.codegen().magic_tuple()[2]:
         name, kind = f"llvm.experimental.vector.compress.v{WIDE}i32", [BITS, vector(ir.IntType(1)), BITS]
         compress = cgutils.get_or_insert_function(builder.module, ir.FunctionType(BITS, kind), name)

@@ -26,6 +26,7 @@ from fl_merge.kernels.blocks import (
     pointer,
 )
 from fl_merge.kernels.scoring import DELTAS, SCRATCH, load_scores
+from fl_merge.kernels.sifting import bounds_of, room_to_sift, sift
 from fl_merge.kernels.vectors import WIDE
 
 MARKED = 4096
@@ -118,15 +119,22 @@ def magnitudes_between(
     base_B, rest_B = np.zeros(MARKED, np.float32), np.empty(GROUP, np.float32)
     width = WIDTHS[codes_N[0]] if native else 4
     bases, founds = np.int64(base_B.ctypes.data), np.int64(found_RM.ctypes.data)
-    step = MARKED if native else BLOCK
-    for begin in range(start, stop, step):
-        size = min(step, stop - begin)
+    bound_2R, sift_R = np.empty((2, rows_R.size), np.float32), np.zeros(rows_R.size, np.int64)
+    sifted = bounds_of(codes_N, kind, numbers_2N, rows_R, low_R, high_R, bound_2R)
+    scratch = room_to_sift(clients_N.size, rows_R.size, MARKED if sifted else 0)
+    begin = start
+    while begin < stop:
+        sifts = sifted and stop - begin >= MARKED
+        size = min(MARKED if native or sifts else BLOCK, stop - begin)
         if (begin - start) % MARKED == 0:
             if used_R.max() + MARKED + WIDE > found_RM.shape[1]:
                 return begin
             marks_RM[:, np.uint64((begin - first) // MARKED)] = between_R
         whole = size - size % GROUP
-        if native:
+        if sifts:
+            known = base, base_code, clients_N, codes_N, numbers_2N
+            sift(*known, begin, rows_R, bound_2R, scratch, sift_R, above_R)
+        elif native:
             load(base, base_code, begin, base_B[:size])
             pair_up(codes_N[0], bases, whole)
         else:
@@ -136,12 +144,14 @@ def magnitudes_between(
             beyond, listed = np.uint32(high_R[r] + np.uint32(1)), np.int64(low_R[r] != high_R[r])
             if native:
                 code, address = codes_N[row], clients_N[row] + width * begin
+            elif sifts:
+                code, address, whole = FLOAT32, np.int64(scratch[3][r].ctypes.data), sift_R[r]
             else:
                 code, address = FLOAT32, score_NB[row].ctypes.data
             found = founds + 4 * (r * found_RM.shape[1] + used_R[r])
             above, between = compare_models(code, bases, address, low_R[r], beyond, whole, found, listed)
             used_R[r] += between * listed
-            if whole < size:
+            if whole < size and not sifts:
                 if native:
                     load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], rest_B[: size - whole])
                 else:
@@ -156,6 +166,7 @@ def magnitudes_between(
                         used_R[r] += 1
             above_R[r] += above
             between_R[r] += between
+        begin += size
     return stop
 
 

@@ -146,7 +146,7 @@ def _balance(delta_B, total_B, of_size, of_total, divide, decay, out_B):
 
 
 @compiled_part
-def _in_registers(codes_N, size, kind, decay):
+def in_registers(codes_N, size, kind, decay):
     """How many of a block's elements `balances` can go through."""
     return size - size % across.GROUP if kind == BALANCE and decay <= -_LOWEST and one_dtype(codes_N) else 0
 
@@ -185,7 +185,7 @@ def load_scores(base, base_code, clients_N, codes_N, kind, numbers_2N, begin, si
         _load_variances(clients_N, codes_N, begin, base_B, delta_NB, score_RB[0])
     else:
         decay = np.float32(count * LOG2_E)
-        done = _in_registers(codes_N, size, kind, decay)
+        done = in_registers(codes_N, size, kind, decay)
         bases, models, numbers = base_B.ctypes.data, clients_N.ctypes.data, numbers_2N.ctypes.data
         scratch, scores, stride = delta_NB.ctypes.data, score_RB.ctypes.data, 4 * score_RB.shape[1]
         _find_balances(codes_N[0], bases, models, begin, count, numbers, decay, done, scratch, scores, stride)
@@ -343,7 +343,7 @@ def combine_balanced(
         size = min(BLOCK, stop - begin)
         base_B, value_B = work_KB[0, :size], work_KB[2, :size]
         load_base(base, base_code, begin, base_B)
-        done = _in_registers(codes_N, size, kind, decay)
+        done = in_registers(codes_N, size, kind, decay)
         for n in range(count):
             limit_N[n] = thresholds_N[n] if begin <= last_N[n] else above_N[n]
             if begin <= last_N[n] < begin + size - 1:
