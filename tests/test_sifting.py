@@ -48,15 +48,13 @@ def test_counts_are_those_of_all_balances(dtype, clients, kind):
         found = rows.between(0, SIZE, low_N, high_N, room=SIZE, expected=SIZE)
         assert found.complete_R.all()
         for n in range(clients):
-            between_M = bits_NS[n][(low_N[n] <= bits_NS[n]) & (bits_NS[n] <= high_N[n])]
+            inside_S = (low_N[n] <= bits_NS[n]) & (bits_NS[n] <= high_N[n])
             assert found.above_R[n] == (bits_NS[n] > high_N[n]).sum()
-            assert found.between_R[n] == len(between_M)
-            written = found.used_R[n]
-            assert written == (0 if low_N[n] == high_N[n] else len(between_M))
-            assert np.array_equal(np.sort(found.found_RM[n, :written]), np.sort(between_M)[:written])
-            blocks = [(bits_NS[n] >= low_N[n]) & (bits_NS[n] <= high_N[n])][0]
-            before_X = [int(blocks[:start].sum()) for start in found.starts_X]
-            assert found.marks_RX[n].tolist() == before_X
+            assert found.between_R[n] == inside_S.sum()
+            assert found.marks_RX[n].tolist() == [int(inside_S[:start].sum()) for start in found.starts_X]
+            written_M = found.found_RM[n, : found.used_R[n]]
+            wanted_M = bits_NS[n][inside_S] if low_N[n] != high_N[n] else []
+            assert np.array_equal(np.sort(written_M), np.sort(wanted_M))
 
 
 def test_rows_in_any_order_and_twice():

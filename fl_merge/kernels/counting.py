@@ -80,6 +80,21 @@ def sample_magnitudes(base, base_code, clients_N, codes_N, kind, numbers_2N, row
                 bits_B[s] = bits_of(score_B[s]) & MAGNITUDE
 
 
+@compiled_part
+def _compare(score_B, low, high, listed, found_M):
+    """Of a few scores, how many magnitudes are above `high`, and how many from `low` to `high`: these are written down
+    if they are to be listed."""
+    above, between = np.int64(0), np.int64(0)
+    for s in range(score_B.size):
+        bits = np.uint32(bits_of(score_B[s]) & MAGNITUDE)
+        above += np.int64(bits > high)
+        if low <= bits <= high:
+            if listed:
+                found_M[between] = bits
+            between += 1
+    return above, between
+
+
 @compiled_pass
 def magnitudes_between(
     base,
@@ -152,18 +167,14 @@ def magnitudes_between(
             above, between = compare_models(code, bases, address, low_R[r], beyond, whole, found, listed)
             used_R[r] += between * listed
             if whole < size and not sifts:
+                left_B = rest_B[: size - whole]
                 if native:
-                    load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], rest_B[: size - whole])
+                    load_delta(clients_N[row], codes_N[row], begin + whole, base_B[whole:size], left_B)
                 else:
-                    rest_B[: size - whole] = score_NB[row, whole:size]
-                for s in range(size - whole):
-                    bits = np.uint32(bits_of(rest_B[s]) & MAGNITUDE)
-                    hit = low_R[r] <= bits <= high_R[r]
-                    above += np.int64(bits > high_R[r])
-                    between += np.int64(hit)
-                    if hit and listed:
-                        found_RM[r, used_R[r]] = bits
-                        used_R[r] += 1
+                    left_B[:] = score_NB[row, whole:size]
+                more, few = _compare(left_B, low_R[r], high_R[r], listed, found_RM[r, used_R[r] :])
+                used_R[r] += few * listed
+                above, between = above + more, between + few
             above_R[r] += above
             between_R[r] += between
         begin += size
