@@ -121,7 +121,8 @@ def test_two_rounds_with_adapters_of_one_rank_lower_the_mean(config, tmp_path):
     assert server_app.evaluate(config, 2, adapter)["bits-per-byte"] < before["bits-per-byte"]
 
 
-MIXED = {"adapter-rank": "2,4,8", "adapter-alpha": "4,16,8", "local-steps": 8, "seed": 1}
+# With fewer steps it depends on the installed packages, whose licences are a client's data, how much better it gets.
+MIXED = {"adapter-rank": "2,4,8", "adapter-alpha": "4,16,8", "local-steps": 12, "seed": 1}
 
 
 @pytest.mark.parametrize("method", ["lora_svd", "lora_stack"])
@@ -130,8 +131,7 @@ def test_adapters_of_different_ranks_are_merged_by_their_products(config, tmp_pa
     before = server_app.evaluate(config, 0, server_app.initial(config))
     adapter = federation(config, tmp_path / "run")
     after = server_app.evaluate(config | {"lora-plain": True}, 2, adapter)
-    # Some 0.05 better; how much depends on the installed packages, whose licences are a client's data.
-    assert after["bits-per-byte"] < before["bits-per-byte"] - 0.02
+    assert after["bits-per-byte"] < before["bits-per-byte"] - 0.05
     assert lora.rank_of(adapter) == (8 if method == "lora_svd" else 2 + 4 + 8 + 2)
 
     settings = Settings.read(config)
